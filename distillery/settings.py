@@ -310,6 +310,11 @@ class LocalSettings(EnvironmentSettings):
         "is none, processes on the CPU. They share out the rows of each step. The student is the "
         "same up to rounding, and with lora.dropout up to which numbers are dropped",
     )
+    fsdp: bool = Field(
+        False,
+        description="Whether the devices of a training share out the model, too (FSDP), for one "
+        "that exceeds the memory of a GPU. The student is the same up to rounding",
+    )
     signing_key: SecretStr = Field(
         SecretStr(""),
         description="An Ed25519 private key, as PEM or the path of a PEM file, that signs the "

@@ -1,6 +1,7 @@
 """The device that a model computes on, and the precision that it multiplies in."""
 
 import gc
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,10 @@ from typing import Any
 from distillery.errors import TrainingUnavailable
 from distillery.machine import machine_name
 from distillery.settings import LocalSettings
+
+MACHINES = "PET_NNODES"
+"""torchrun's own variable for the number of machines; with it go PET_NODE_RANK, PET_MASTER_ADDR and
+PET_MASTER_PORT."""
 
 
 @dataclass(frozen=True)
@@ -78,10 +83,17 @@ def check_gpu(allow_cpu: bool) -> None:
 
 
 def check_count() -> None:
-    """Raise TrainingUnavailable where this machine has GPUs, but fewer than DISTILLERY_DEVICES."""
+    """Raise TrainingUnavailable where this machine has GPUs, but fewer than DISTILLERY_DEVICES, and
+    where a model should be split (DISTILLERY_FSDP) and there is one device alone."""
     import torch
 
-    devices = LocalSettings().devices
+    settings = LocalSettings()
+    devices = settings.devices
+    if settings.fsdp and not are_several():
+        raise TrainingUnavailable(
+            "DISTILLERY_FSDP: a model is split between several devices, and DISTILLERY_DEVICES is "
+            "1; set it to how many GPUs a training should have, or remove DISTILLERY_FSDP"
+        )
     if devices == 1 or not torch.cuda.is_available():
         return
     found = torch.cuda.device_count()
@@ -90,6 +102,16 @@ def check_count() -> None:
             f"DISTILLERY_DEVICES: {devices}, and PyTorch finds {found} GPUs here; lower it, or "
             "give the run as many"
         )
+
+
+def are_several() -> bool:
+    """Return whether this machine's settings ask for a training on more than one device."""
+    return LocalSettings().devices > 1 or has_several_machines()
+
+
+def has_several_machines() -> bool:
+    """Return whether a training waits for the processes of other machines."""
+    return os.environ.get(MACHINES, "1") != "1"
 
 
 def release_gpu() -> None:
@@ -107,14 +129,16 @@ def cast_linear_layers(model: Any, *, frozen_only: bool = False) -> list[tuple[A
     anew. Return the layers with the weights that they had. With `frozen_only`, layers that are
     trained keep theirs, since an optimiser changes the weights in float32."""
     import torch
+    from torch.distributed.tensor import DTensor
 
     changed = []
     for module in model.modules():
         if not isinstance(module, torch.nn.Linear):
             continue
         weight = module.weight
-        # Weights in 4 bits stay as they are.
-        if not weight.is_floating_point() or (frozen_only and weight.requires_grad):
+        # Weights in 4 bits stay as they are, and those that are split are cast when gathered.
+        stays = isinstance(weight, DTensor) or not weight.is_floating_point()
+        if stays or (frozen_only and weight.requires_grad):
             continue
         changed.append((module, weight))
         # A parameter of its own: a tied embedding, which autocast leaves in float32, stays so.

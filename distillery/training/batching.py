@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from distillery.models.load import contiguous_head
 from distillery.training.rows import TrainingRow
+from distillery.training.split_model import in_step, is_split
 
 if TYPE_CHECKING:
     import torch
@@ -186,7 +187,8 @@ def prompt_logits(
     state that a class is read from, [batch, vocabulary]."""
     contiguous_head(model)
     turn = turning_point(model)
-    for picked in by_length(rows, batch_size, turn) if batch_size else by_tokens(rows, turn):
+    found = by_length(rows, batch_size, turn) if batch_size else by_tokens(rows, turn)
+    for picked in in_step(model, found):
         if rows[0].closed:
             states = pooled_states(model, [rows[index] for index in picked], pad_id)
             yield picked, model.get_output_embeddings()(states[:, None])[:, -1]
@@ -222,6 +224,8 @@ def prefill_shared(
 
     if model.training and model.is_activation_checkpointing:
         # Layers that are computed again in the backward pass neither fill a cache nor read one.
+        return 0, None
+    if is_split(model):
         return 0, None
     shared = common_prefix(ids, kept)
     if most is not None:

@@ -17,7 +17,15 @@ from distillery.errors import StoreError
 from distillery.records import CANONICAL, CurvePoint
 from distillery.storage.working import working_folder
 from distillery.training.decisions import decide
+from distillery.training.ranks import Ranks
 from distillery.training.rows import TrainingRow
+from distillery.training.split_model import (
+    joined_state,
+    joined_weights,
+    own_share,
+    shares_of,
+    state_of,
+)
 from distillery.training.validation import PROOF, proven_worse
 
 if TYPE_CHECKING:
@@ -98,7 +106,7 @@ class TrainingState:
         self.best_accuracy = self.accuracy
         self.best_step, self.waited = self.step, 0
         self.best_weights = {
-            name: weight.detach().cpu().clone() for name, weight in self.weights.items()
+            name: own_share(weight).cpu().clone() for name, weight in self.weights.items()
         }
 
     def restore_best(self) -> None:
@@ -127,16 +135,17 @@ class TrainingState:
         points = {point.step: point for point in self.curve}
         return points[self.best_step or self.step].validation_tokens
 
-    def save(self, checkpoints: Checkpoints) -> None:
-        """Save a checkpoint. A store that is down or full is logged and does not end training,
-        which needs the checkpoint only if its process dies."""
+    def save(self, checkpoints: Checkpoints, ranks: Ranks) -> None:
+        """Save a checkpoint, which the first of `ranks` writes. A store that is down or full is
+        logged and does not end training, which needs the checkpoint only if its process dies."""
         import torch
 
+        best = self.best_weights
         # torch.save writes tensor by tensor; safetensors would copy them all first.
         values = {
             "fingerprint": self.fingerprint,
-            "weights": {name: weight.detach() for name, weight in self.weights.items()},
-            "optimiser": self.optimiser.state_dict(),
+            "weights": joined_weights(self.weights, self.weights),
+            "optimiser": joined_state(self.optimiser.state_dict(), self.weights.values()),
             "schedule": self.schedule.state_dict(),
             "step": self.step,
             "curve": [point.model_dump() for point in self.curve],
@@ -145,7 +154,7 @@ class TrainingState:
                 self.best_loss,
                 self.best_accuracy,
                 self.best_step,
-                self.best_weights,
+                best and joined_weights(best, self.weights),
                 self.waited,
                 self.accuracy,
             ],
@@ -153,6 +162,8 @@ class TrainingState:
             "random": torch.get_rng_state(),
             "cuda_random": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
         }
+        if not ranks.is_first:
+            return
         try:
             with working_folder("checkpoint") as folder:
                 # A file opened by Python: torch's own does not tell a full disk from other errors.
@@ -170,13 +181,14 @@ class TrainingState:
         values = self.read_fitting(checkpoints)
         if values is None:
             return
-        copy_weights(values["weights"], self.weights)
-        self.optimiser.load_state_dict(values["optimiser"])
+        copy_weights(shares_of(values["weights"], self.weights), self.weights)
+        self.optimiser.load_state_dict(state_of(values["optimiser"], self.weights.values()))
         self.schedule.load_state_dict(values["schedule"])
         self.step, self.losses = values["step"], values["losses"]
         self.curve = [CurvePoint.model_validate(point) for point in values["curve"]]
         self.best_loss, self.best_accuracy, self.best_step = values["best"][:3]
-        self.best_weights, self.waited, self.accuracy = values["best"][3:]
+        best, self.waited, self.accuracy = values["best"][3:]
+        self.best_weights = best and shares_of(best, self.weights)
         # Earlier versions kept none.
         self.right, self.epochs = values.get("proof", ([], 0))
         torch.set_rng_state(values["random"])
@@ -216,16 +228,16 @@ class CheckpointTimer:
     """Saves a checkpoint every `every_s` seconds at most, and less often where saving would take
     more than 2 % of the time."""
 
-    def __init__(self, checkpoints: Checkpoints, every_s: float) -> None:
-        self.checkpoints, self.every_s = checkpoints, every_s
+    def __init__(self, checkpoints: Checkpoints, every_s: float, ranks: Ranks) -> None:
+        self.checkpoints, self.every_s, self.ranks = checkpoints, every_s, ranks
         self.due = time.perf_counter() + every_s
 
     def save_if_due(self, state: TrainingState) -> None:
         """Save a checkpoint of `state` if the time for the next one has come."""
         started = time.perf_counter()
-        if started < self.due:
+        if not self.ranks.as_first_says(started >= self.due):
             return
-        state.save(self.checkpoints)
+        state.save(self.checkpoints, self.ranks)
         ended = time.perf_counter()
         self.due = ended + max(self.every_s, 50 * (ended - started))
 
@@ -233,12 +245,10 @@ class CheckpointTimer:
 def copy_weights(
     source: "dict[str, torch.Tensor]", target: "dict[str, torch.nn.Parameter]"
 ) -> None:
-    """Copy the values of `source` into the parameters of the same names."""
-    import torch
-
-    with torch.no_grad():
-        for name, weight in target.items():
-            weight.copy_(source[name])
+    """Copy the values of `source` into the parameters of the same names; of those that are split,
+    both have this rank's shares."""
+    for name, weight in target.items():
+        own_share(weight).copy_(source[name])
 
 
 def fingerprint_of(

@@ -18,6 +18,7 @@ from distillery.models.device import Device
 from distillery.training.hidden_states import hidden_states
 from distillery.training.probing import fit_probe
 from distillery.training.rows import TrainingRow
+from distillery.training.split_model import own_share, share_of
 
 MOST_ROWS = 2000
 """How many rows the probe learns from, at most."""
@@ -45,31 +46,33 @@ class ClassHead(torch.nn.Module):
         return logits.index_copy(-1, self.tokens, scores)
 
 
-def add_class_head(
+def add_class_head(model: Any, tokens: Sequence[int]) -> ClassHead:
+    """Put a ClassHead on `model` for the classes' `tokens`, with the rows that stand in the head,
+    and return it."""
+    head = model.get_output_embeddings()
+    rows = head.weight.detach()[list(tokens)].float().clone()
+    placed = ClassHead(head, tokens, rows).to(head.weight.device)
+    model.set_output_embeddings(placed)
+    return placed
+
+
+def start_from_probe(
     model: Any,
+    placed: ClassHead,
     rows: Sequence[TrainingRow],
     *,
     pad_id: int,
     device: Device,
-    from_probe: bool,
     seed: int,
-) -> ClassHead:
-    """Put a ClassHead on `model` for the classes of `rows`, and return it.
-
-    Its rows start from a probe on the labels of `rows`, or as they stand in the head."""
-    head, tokens = model.get_output_embeddings(), list(rows[0].letters)
-    weights = head.weight.detach()[tokens].float().clone()
-    if from_probe:
-        if len(rows) > MOST_ROWS:
-            picked = random.Random(seed).sample(range(len(rows)), MOST_ROWS)  # noqa: S311 - no secret
-            rows = [rows[index] for index in picked]
-        states = hidden_states(model, rows, pad_id=pad_id, device=device)
-        answers = [row.answer for row in rows]
-        found = fit_probe(states.numpy(), answers, len(tokens), intercept=False)
-        weights = torch.from_numpy(found.weights).to(head.weight.device)
-    placed = ClassHead(head, tokens, weights).to(head.weight.device)
-    model.set_output_embeddings(placed)
-    return placed
+) -> None:
+    """Give the ClassHead of `model` the rows of a probe on the labels of `rows`."""
+    if len(rows) > MOST_ROWS:
+        picked = random.Random(seed).sample(range(len(rows)), MOST_ROWS)  # noqa: S311 - no secret
+        rows = [rows[index] for index in picked]
+    states = hidden_states(model, rows, pad_id=pad_id, device=device)
+    answers = [row.answer for row in rows]
+    found = fit_probe(states.numpy(), answers, len(placed.tokens), intercept=False)
+    own_share(placed.rows).copy_(own_share(share_of(torch.from_numpy(found.weights), placed.rows)))
 
 
 def remove_class_head(model: Any, placed: ClassHead) -> None:

@@ -35,7 +35,7 @@ from distillery.errors import (
     TrainingUnavailable,
     one_line,
 )
-from distillery.models.device import release_gpu
+from distillery.models.device import has_several_machines, release_gpu
 from distillery.processes import environment_without_secrets, exit_reason, exit_with_parent
 from distillery.progress import show_rows, shown_by
 from distillery.records import CurvePoint
@@ -52,10 +52,6 @@ _log = logging.getLogger(__name__)
 MARK = "distillery-rank "
 """What a line begins with by which the first rank tells the asking process something."""
 
-MACHINES = "PET_NNODES"
-"""torchrun's own variable for the number of machines; with it go PET_NODE_RANK, PET_MASTER_ADDR and
-PET_MASTER_PORT."""
-
 PATIENCE = timedelta(hours=1)
 """How long a rank waits for the others, such as for the first one while it saves a checkpoint."""
 
@@ -71,16 +67,6 @@ for a signal."""
 
 LAUNCHER_LOG = re.compile(r"[A-Z]\d{4} ")
 """What a line of torchrun's log begins with: the level's letter, month and day."""
-
-
-def are_several() -> bool:
-    """Return whether this machine's settings ask for a training on more than one device."""
-    return LocalSettings().devices > 1 or has_several_machines()
-
-
-def has_several_machines() -> bool:
-    """Return whether a training waits for the processes of other machines."""
-    return os.environ.get(MACHINES, "1") != "1"
 
 
 def distil_on_devices(

@@ -4,6 +4,7 @@ training/olive_passes.py does it in its own process, training/devices.py in one 
 """
 
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -26,7 +27,8 @@ class TrainingJob(BaseModel):
 
     `model`: the folder to start from, with `adapter` merged in. `rows` and `validation`: JSONL of
     TrainingRow. `hidden`: the teacher's hidden states. `result`: where the figures go, as JSON.
-    `out`: where the model or, for LoRA, the adapter goes. `keep_end`: see `train`."""
+    `out`: where the model or, for LoRA, the adapter goes. `keep_end`: see `train`. `split`: whether
+    several ranks share out the model."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -40,6 +42,7 @@ class TrainingJob(BaseModel):
     result: Path
     out: Path
     keep_end: bool
+    split: bool
 
 
 def distil(
@@ -52,6 +55,7 @@ def distil(
 
     Raises what `train` raises, and TrainingError where the ranks start from different weights."""
     if ranks.count > 1:
+        ranks = replace(ranks, split=job.split)
         folders = [job.model, job.adapter] if job.adapter else [job.model]
         ranks.require_same_base(weights_digest(folders))
     recipe = job.recipe

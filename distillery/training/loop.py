@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -36,6 +36,7 @@ from distillery.training.losses import balanced_weights
 from distillery.training.objective import Objective
 from distillery.training.ranks import ALONE, Ranks
 from distillery.training.rows import TrainingRow, require_rows
+from distillery.training.split_model import is_share, join_model, split_model
 from distillery.training.validation import validate, validate_written
 
 if TYPE_CHECKING:
@@ -117,15 +118,16 @@ def train(
     equal inputs, seed and number of threads, however often it was killed.
 
     `ranks`: with several, each calls this with the same arguments, and all return the same; the
-    first one alone saves checkpoints. Raises TrainingError for no rows or for a loss that is NaN or
-    infinite."""
+    first one alone saves checkpoints. Where they share out the model, it alone returns the weights,
+    and its model makes no pass any more. Raises TrainingError for no rows or for a loss that is NaN
+    or infinite."""
     training = set_up(model, rows, validation, recipe, hidden, pad_id, end_id, ranks)
     if checkpoints:
         training.resume(checkpoints)
     training.start_alike()
     timer = None
-    if checkpoints and ranks.is_first:
-        timer = CheckpointTimer(checkpoints, checkpoint_every_s)
+    if checkpoints and ranks.holds_state:
+        timer = CheckpointTimer(checkpoints, checkpoint_every_s, ranks)
     with (
         linear_layers_cast(training.model, training.device, frozen_only=True),
         training.frozen_states(rows, validation),
@@ -138,10 +140,13 @@ def train(
                     progress(training.progress())
             if timer and training.state.step < training.steps:
                 timer.save_if_due(training.state)
-    if checkpoints and keep_end and ranks.is_first:
-        training.state.save(checkpoints)
+    if checkpoints and keep_end and ranks.holds_state:
+        training.state.save(checkpoints, ranks)
     training.state.restore_best()
-    return training.model, training.result()
+    result = training.result()
+    if ranks.split:
+        join_model(training.model)
+    return training.model, result
 
 
 @dataclass
@@ -171,17 +176,21 @@ class Training:
 
     def start_alike(self) -> None:
         """See to it that all ranks go on from the same weights at the same step."""
-        state = self.state
-        self.ranks.start_alike(state.fingerprint, state.step, state.weights.values())
+        self.ranks.start_alike(self.state.fingerprint, self.state.step, self.whole_weights)
+
+    @property
+    def whole_weights(self) -> list["torch.nn.Parameter"]:
+        """The weights in training that every rank holds; FSDP sees to those that are split."""
+        return [weight for weight in self.state.weights.values() if not is_share(weight)]
 
     def frozen_states(
         self, rows: Sequence[TrainingRow], validation: Sequence[TrainingRow]
     ) -> AbstractContextManager[None]:
         """Return a context in which passes of these rows skip the frozen layers, where training
-        goes through the rows more than once."""
+        goes through the rows more than once. Ranks that share out the model skip none."""
         from distillery.training.frozen_states import frozen_states_kept
 
-        if self.steps <= self.steps_per_epoch or self.state.step == self.steps:
+        if self.ranks.split or self.steps <= self.steps_per_epoch or self.state.step == self.steps:
             return nullcontext()
         objective = self.objective
         kept: AbstractContextManager[None] = frozen_states_kept(
@@ -211,11 +220,11 @@ class Training:
         started = time.perf_counter()
         count, total = sum(map(len, group)), 0.0
         self.ranks.seed(self.recipe.seed, self.state.step)
-        for batch in self.ranks.share(group):
-            loss = self.objective(batch) * (len(batch) / count)
+        for batch, share in self.ranks.share(group):
+            loss = self.objective(batch) * share
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.item()
-        total = self.ranks.add_up(total, self.state.weights.values())
+        total = self.ranks.add_up(total, self.whole_weights)
         torch.nn.utils.clip_grad_norm_(self.state.weights.values(), self.recipe.max_grad_norm)
         self.state.optimiser.step()
         self.state.schedule.step()
@@ -256,14 +265,18 @@ class Training:
         answer is chosen, the share of its tokens where it is written. Ranks share the rows out."""
         model, device, pad_id = self.model, self.device, self.objective.pad_id
         own = rows[self.ranks.rank :: self.ranks.count]
+        # With a split model, a rank without rows makes the others' passes.
+        asked = own or (rows[:1] if self.ranks.split else [])
         right: Sequence[float] = []
         loss = 0.0
-        if own and own[0].target:
+        if asked and asked[0].target:
             end_id = self.objective.end_id
-            right, loss = validate_written(model, own, pad_id=pad_id, end_id=end_id, device=device)
-        elif own:
-            right, loss = validate(model, own, pad_id=pad_id, device=device)
-        return self.ranks.join(len(rows), right, loss)
+            right, loss = validate_written(
+                model, asked, pad_id=pad_id, end_id=end_id, device=device
+            )
+        elif asked:
+            right, loss = validate(model, asked, pad_id=pad_id, device=device)
+        return self.ranks.join(len(rows), right[: len(own)], loss)
 
     @property
     def rows_per_second(self) -> float:
@@ -315,7 +328,7 @@ def set_up(
     optimiser, the schedule and the objective. The parameters are those of `train`."""
     import torch
 
-    from distillery.training.class_head import add_class_head
+    from distillery.training.class_head import add_class_head, start_from_probe
 
     require_rows(rows)
     if recipe.patience_needs_validation and not validation:
@@ -325,11 +338,16 @@ def set_up(
     torch.manual_seed(recipe.seed)
     device = choose_device(recipe.precision)
     model = trainable_model(model, recipe, device)
-    if rows[0].closed:
-        # A student that learns its teacher's states keeps the rows that read them.
-        add_class_head(
-            model, rows, pad_id=pad_id, device=device, from_probe=hidden is None, seed=recipe.seed
-        )
+    head = add_class_head(model, rows[0].letters) if rows[0].closed else None
+    if ranks.split:
+        # An adapter is small.
+        trained = [weight for weight in model.parameters() if weight.requires_grad]
+        split_model(model, device, whole=trained if recipe.adapts else [])
+    model.to(device.name).train()
+    contiguous_head(model)
+    # A student that learns its teacher's states keeps the rows that read them.
+    if head and hidden is None:
+        start_from_probe(model, head, rows, pad_id=pad_id, device=device, seed=recipe.seed)
         model.train()
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     first_epoch = batches(rows, recipe.batch_size, recipe.seed, 0, turning_point(model))
@@ -355,6 +373,9 @@ def set_up(
     if recipe.class_weights == "balanced" and rows[0].closed:
         class_weights = balanced_weights(rows, len(rows[0].letters))
     objective = Objective(model, recipe, device, pad_id, end_id, teacher_states, class_weights)
+    if ranks.split:
+        stand_in = next((row for row in rows if row.rationale), None)
+        objective = replace(objective, stand_in=stand_in)
     state = TrainingState(fingerprint, weights, optimiser, schedule)
     return Training(model, recipe, device, objective, state, steps, steps_per_epoch, ranks)
 
@@ -375,8 +396,7 @@ def steps_to_train(recipe: TrainingRecipe, steps_per_epoch: int) -> int:
 
 
 def trainable_model(model: Any, recipe: TrainingRecipe, device: Device) -> Any:
-    """Return `model` on its device, in training mode, with the weights frozen that the recipe does
-    not train, or with a new adapter.
+    """Return `model` with the weights frozen that the recipe does not train, or with a new adapter.
 
     Raises TrainingError where the model has no layer recipe.first_layer, or its code no gradient
     checkpointing."""
@@ -413,8 +433,6 @@ def trainable_model(model: Any, recipe: TrainingRecipe, device: Device) -> Any:
         # Only reentrant checkpoints need inputs with a gradient, which would flow through the
         # frozen layers, too.
         model.disable_input_require_grads()
-    model.to(device.name).train()
-    contiguous_head(model)
     return model
 
 

@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 class Objective:
     """What training minimises. `teacher_states`: the teacher's hidden states, None where they are
     not learnt. `class_weights`: how much a label of each class counts; None for rows
-    that have no classes, or whose labels count alike."""
+    that have no classes, or whose labels count alike. `stand_in`: a row with a reason, which is
+    computed for nothing where a batch has none, so that all ranks make the same passes; None where
+    each may make its own."""
 
     model: Any
     recipe: TrainingRecipe
@@ -38,6 +40,7 @@ class Objective:
     end_id: int
     teacher_states: TeacherStates | None
     class_weights: Sequence[float] | None = None
+    stand_in: TrainingRow | None = None
 
     def __call__(self, rows: Sequence[TrainingRow]) -> "torch.Tensor":
         """Return the loss of a batch, a scalar."""
@@ -48,9 +51,11 @@ class Objective:
         else:
             loss = self.text_answers(rows) if rows[0].texts else self.letter_answers(rows)
         reasons = [row for row in rows if row.rationale]
+        # A mean over the batch, to which rows without a reason add nothing.
+        weight = self.recipe.rationale_weight * len(reasons) / len(rows)
+        if not reasons and self.stand_in:
+            reasons = [self.stand_in]
         if self.recipe.rationale_weight and reasons:
-            # A mean over the batch, to which rows without a reason add nothing.
-            weight = self.recipe.rationale_weight * len(reasons) / len(rows)
             loss = loss + weight * self.rationales(reasons)
         return loss
 

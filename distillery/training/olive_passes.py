@@ -18,10 +18,12 @@ from olive.passes import Pass
 from olive.passes.pass_config import BasePassConfig, PassConfigParam
 from olive.passes.pytorch.common import inherit_hf_from_hf
 
+from distillery.models.device import are_several
 from distillery.models.load import load_model, pad_id
 from distillery.recipe import LayerChoice
+from distillery.settings import LocalSettings
 from distillery.training.checkpoint import Checkpoints, CheckpointsOfSteps
-from distillery.training.devices import are_several, distil_on_devices
+from distillery.training.devices import distil_on_devices
 from distillery.training.job import TrainingJob, distil
 from distillery.training.loop import Progress, TrainingProgress
 from distillery.training.pruning import keep_layers, resolved_layers
@@ -135,6 +137,7 @@ class Distillation(Pass):
             out=output_model_path,
             # The steps that follow go on from the end of this one.
             keep_end=config.healing is not None,
+            split=LocalSettings().fsdp,
         )
         of_workflow = _checkpoints.get()
         checkpoints: Checkpoints | None = of_workflow

@@ -1,11 +1,12 @@
-"""Training on several devices: one process, a rank, for each, which all hold the whole model and
-take the same steps. A rank computes the gradients of its share of a step's rows; the sum over all
-ranks is the gradient of the whole step.
+"""Training on several devices: one process, a rank, for each, which all take the same steps. A rank
+computes the gradients of its share of a step's rows; the sum over all ranks is the gradient of the
+whole step. Each holds the whole model, or a share of it (split_model.py).
 
 The rows of a step are those of one device, so that steps, learning rate and student are the same up
 to rounding. What differs is which numbers dropout draws.
 """
 
+import math
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,26 +21,53 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Ranks:
-    """Which of the processes that train together this is: `rank`, from 0, of `count`.
+    """Which of the processes that train together this is: `rank`, from 0, of `count`. `split`:
+    whether they share out the model, too.
 
     Several need torch.distributed's process group, in which each method but `share` and `seed` is
     called by all of them. What they tell each other are tensors: objects would be pickled."""
 
     rank: int = 0
     count: int = 1
+    split: bool = False
 
     @property
     def is_first(self) -> bool:
         """Whether this is the rank that saves checkpoints, tells the progress and writes."""
         return self.rank == 0
 
-    def share(self, batches: Sequence[Sequence[TrainingRow]]) -> list[Sequence[TrainingRow]]:
-        """Return what this rank computes of a step: some of its batches or, where there are fewer
-        batches than ranks, some rows of each."""
-        if len(batches) >= self.count:
-            return list(batches[self.rank :: self.count])
-        parts = [batch[self.rank :: self.count] for batch in batches]
-        return [part for part in parts if part]
+    @property
+    def holds_state(self) -> bool:
+        """Whether a checkpoint needs this rank: the first one, or all where the model is split."""
+        return self.is_first or self.split
+
+    def share(
+        self, batches: Sequence[Sequence[TrainingRow]]
+    ) -> list[tuple[Sequence[TrainingRow], float]]:
+        """Return what this rank computes of a step, each with its share of the step's rows, 0 to 1:
+        some of its batches or, where there are fewer batches than ranks, some rows of each.
+
+        Where the model is split, all ranks compute as many: a rank that has fewer gets a row of
+        another one with a share of 0."""
+        rows = sum(map(len, batches))
+        own, most = batches[self.rank :: self.count], math.ceil(len(batches) / self.count)
+        if len(batches) < self.count:
+            own, most = [batch[self.rank :: self.count] for batch in batches], len(batches)
+        shares = [(batch, len(batch) / rows) for batch in own if batch]
+        if self.split:
+            shares += [(batches[0][:1], 0.0)] * (most - len(shares))
+        return shares
+
+    def as_first_says(self, flag: bool) -> bool:
+        """Return the first rank's `flag`, where all ranks must do the same."""
+        if not self.split:
+            return flag
+        import torch
+        import torch.distributed as dist
+
+        told = torch.tensor(flag)
+        dist.broadcast(told, 0)
+        return bool(told)
 
     def seed(self, seed: int, step: int) -> None:
         """Draw other random numbers than the other ranks, which depend on `seed` and `step` alone:

@@ -17,6 +17,7 @@ from distillery.training.batching import (
 from distillery.training.likelihood import forward_packed, option_scores
 from distillery.training.losses import written_losses, written_targets
 from distillery.training.rows import TrainingRow
+from distillery.training.split_model import in_step
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +53,7 @@ def validate_written(
     losses = [0.0] * len(rows)
     with evaluated(model, device):
         contiguous_head(model)
-        for picked in by_length(rows, WRITTEN_ROWS, turning_point(model)):
+        for picked in in_step(model, by_length(rows, WRITTEN_ROWS, turning_point(model))):
             batch = [rows[index] for index in picked]
             texts = [row.target for row in batch]
             logits = forward_written(model, [row.prompt for row in batch], texts, pad_id)
@@ -143,7 +144,7 @@ def text_scores(
     """Give each batch's row indices, and for each row the scores of its options' texts,
     [options]."""
     contiguous_head(model)
-    for picked in by_length(rows, batch_size, turning_point(model)):
+    for picked in in_step(model, by_length(rows, batch_size, turning_point(model))):
         packed, logits = forward_packed(model, [rows[index] for index in picked], pad_id)
         padded, _ = option_scores(packed, logits)
         scores = []

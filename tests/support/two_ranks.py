@@ -2,7 +2,7 @@
 
 import random
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +118,10 @@ def trained(base: Path, case: Case, ranks: Ranks = ALONE) -> dict[str, Any]:
 def main(base: str, out: str) -> None:
     dist.init_process_group("gloo")
     ranks = Ranks(dist.get_rank(), dist.get_world_size())
-    found = {name: trained(Path(base), case, ranks) for name, case in cases().items()}
+    found: dict[str, dict[str, Any]] = {}
+    for name, case in cases().items():
+        found[name] = trained(Path(base), case, ranks)
+        found[f"{name}, split"] = trained(Path(base), case, replace(ranks, split=True))
     torch.save(found, f"{out}-{ranks.rank}")
     dist.destroy_process_group()
 

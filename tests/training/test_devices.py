@@ -22,7 +22,7 @@ from two_ranks import SHAPE, cases, rows_of, trained
 
 from distillery.errors import StoreUnavailable, TrainingError, TrainingUnavailable
 from distillery.models import inspect
-from distillery.models.device import check_gpu
+from distillery.models.device import MACHINES, are_several, check_gpu
 from distillery.models.inspect import weights_digest
 from distillery.recipe import TrainingRecipe
 from distillery.training import devices
@@ -43,14 +43,19 @@ PROJECT = SUPPORT.parents[1]
 TinyModel = Callable[[str], Path]
 
 
-def numbers(batches: list[list[int]], ranks: int) -> list[list[list[int]]]:
-    """Return what each of `ranks` computes of batches of rows that are given by a number."""
-    rows = {number: TrainingRow(prompt=(number,), answer=0) for each in batches for number in each}
-    shares = []
+def numbers(batches: list[list[int]], ranks: int, split: bool = False) -> list[list[list[int]]]:
+    """Return what each of `ranks` computes of batches of rows that are given by a number, negative
+    where a row counts as nothing. `split`: whether they share out the model."""
+    step = [[TrainingRow(prompt=(number,), answer=0) for number in batch] for batch in batches]
+    count = sum(map(len, batches))
+    found = []
     for rank in range(ranks):
-        share = Ranks(rank, ranks).share([[rows[number] for number in each] for each in batches])
-        shares.append([[row.prompt[0] for row in batch] for batch in share])
-    return shares
+        own = []
+        for rows, share in Ranks(rank, ranks, split).share(step):
+            assert share in (len(rows) / count, 0)
+            own.append([row.prompt[0] * (1 if share else -1) for row in rows])
+        found.append(own)
+    return found
 
 
 def test_ranks_share_out_batches_or_their_rows() -> None:
@@ -58,6 +63,13 @@ def test_ranks_share_out_batches_or_their_rows() -> None:
     assert numbers([[1, 2], [3, 4], [5]], 2) == [[[1, 2], [5]], [[3, 4]]]
     assert numbers([[1, 2, 3], [4]], 3) == [[[1], [4]], [[2]], [[3]]]
     assert numbers([[1]], 2) == [[[1]], []]
+
+
+def test_ranks_that_share_out_the_model_compute_as_many_batches() -> None:
+    assert numbers([[1, 2], [3, 4], [5]], 2, split=True) == [[[1, 2], [5]], [[3, 4], [-1]]]
+    assert numbers([[1, 2, 3], [4]], 3, split=True) == [[[1], [4]], [[2], [-1]], [[3], [-1]]]
+    assert numbers([[1]], 2, split=True) == [[[1]], [[-1]]]
+    assert numbers([[1, 2], [3, 4]], 2, split=True) == [[[1, 2]], [[3, 4]]]
 
 
 @pytest.mark.slow
@@ -96,6 +108,7 @@ def test_ranks_with_different_base_models_do_not_train(tmp_path: Path) -> None:
         result=Path("result"),
         out=Path("out"),
         keep_end=False,
+        split=False,
     )
     (tmp_path / "job.json").write_text(job.model_dump_json())
     started = []
@@ -440,7 +453,7 @@ def test_more_devices_than_gpus_are_one_line(monkeypatch: pytest.MonkeyPatch) ->
 def test_ranks_get_no_secret_and_those_of_one_machine_no_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv(devices.MACHINES, raising=False)
+    monkeypatch.delenv(MACHINES, raising=False)
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_RAS_ENABLE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TEACHER_MODEL_KEY", "planted")
@@ -451,12 +464,12 @@ def test_ranks_get_no_secret_and_those_of_one_machine_no_network(
     assert environment["NCCL_RAS_ENABLE"] == "0"
     assert environment["OMP_NUM_THREADS"] == str(max(1, torch.get_num_threads() // 2))
     assert f"--rdzv-endpoint {tmp_path}" in " ".join(command_of(tmp_path, 2))
-    monkeypatch.setenv(devices.MACHINES, "1")
-    assert not devices.are_several()
+    monkeypatch.setenv(MACHINES, "1")
+    assert not are_several()
     assert f"--rdzv-endpoint {tmp_path}" in " ".join(command_of(tmp_path, 2))
     assert environment_of(tmp_path, 2)["GLOO_SOCKET_IFNAME"] == "lo"
-    monkeypatch.setenv(devices.MACHINES, "2")
-    assert devices.are_several(), "one device on each of two machines"
+    monkeypatch.setenv(MACHINES, "2")
+    assert are_several(), "one device on each of two machines"
     assert "--rdzv-endpoint" not in command_of(tmp_path, 1)
     of_several = environment_of(tmp_path, 1)
     assert not {"GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_RAS_ENABLE"} & set(of_several)
