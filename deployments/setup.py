@@ -94,12 +94,16 @@ NOT_FOR_TRAINING = frozenset(
 )
 """What runs of the GPU pool don't get: they train, on labels that are there. They do need the label
 database, where the leases are."""
+OF_SEVERAL_GPUS = frozenset({"DISTILLERY_FSDP"})
+"""What pods of the CPU pool don't get, which have the same Secret as those of the GPU pool: on one
+device, a training would refuse it."""
 EACH_WORKERS_OWN = (
     "DISTILLERY_CACHE_GB",
     "DISTILLERY_CHECKPOINT_SECONDS",
     "DISTILLERY_DATA_FOLDERS",
     "DISTILLERY_DATA_PROTOCOLS",
     "DISTILLERY_DEVICES",
+    "DISTILLERY_FSDP",
     "DISTILLERY_NEEDS_GPU",
     "DISTILLERY_REMOTE_CODE",
     "DISTILLERY_ROW_MB",
@@ -247,13 +251,14 @@ def secrets_of_pod(pool: str) -> list[dict[str, Any]]:
     """Return the variables that a pod of the pool takes from the Secret `distillery`, where it
     has them."""
     names = [*OWN_LOGIN, *OF_LIBRARIES, *VARIABLES, *SECRETS, *EACH_WORKERS_OWN]
+    withheld = NOT_FOR_TRAINING if pool == "gpu-pool" else OF_SEVERAL_GPUS
     return [
         {
             "name": name,
             "valueFrom": {"secretKeyRef": {"name": "distillery", "key": name, "optional": True}},
         }
         for name in names
-        if pool != "gpu-pool" or name not in NOT_FOR_TRAINING
+        if name not in withheld
     ]
 
 

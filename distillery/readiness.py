@@ -66,7 +66,7 @@ from distillery.teacher.batch import check_takes_batches
 from distillery.teacher.endpoint import LOGIN_S, Endpoint, resolve_endpoint
 from distillery.teacher.identity import refuse_one_identity, teacher_identity
 from distillery.teacher.ledger import Book, Payer
-from distillery.training.footprint import Shape, bytes_a_token, fixed_bytes
+from distillery.training.footprint import Shape, bytes_a_token, fixed_bytes, split_bytes
 
 STORE_WAIT_S = 5.0
 """Seconds to wait for a store or a database that does not answer: shorter than a run waits."""
@@ -564,8 +564,11 @@ def check_memory(recipe: Recipe) -> Iterator[Finding]:
         text = "what a run takes is known once the base model is on this machine"
         yield warn("memory", f"{free / GB:.1f} GB free; {text}")
         return
-    # Each of several devices has a process that loads the model.
-    need = training_bytes(recipe, weights) * LocalSettings().devices
+    settings = LocalSettings()
+    # Each of several devices has a process that loads the model. Where they share it out, none of
+    # them holds the rest of what a training takes.
+    of_process = GB + 2 * weights if settings.fsdp else training_bytes(recipe, weights)
+    need = of_process * settings.devices
     text = f"{free / GB:.1f} GB free, and a run takes about {need / GB:.1f} GB"
     if free < need:
         advice = "end other programs, or choose a smaller base model or training.method: lora"
@@ -594,13 +597,15 @@ def check_training(recipe: Recipe) -> Iterator[Finding]:
     device = choose_device(recipe.student.training.precision)
     weights = largest_base_bytes(recipe)
     if device.name == "cuda":
-        free = [torch.cuda.mem_get_info(gpu)[0] for gpu in range(LocalSettings().devices)]
-        # Each holds the whole model.
+        settings = LocalSettings()
+        free = [torch.cuda.mem_get_info(gpu)[0] for gpu in range(settings.devices)]
+        # Each holds the whole model, or as much of it.
         least = min(range(len(free)), key=free.__getitem__)
         text = f"on {torch.cuda.get_device_name(least)} in {device.precision}"
         if len(free) > 1:
+            gpus = "GPUs that share out the model" if settings.fsdp else "GPUs"
             text = (
-                f"on {len(free)} GPUs in {device.precision}, of which GPU {least} has the least "
+                f"on {len(free)} {gpus} in {device.precision}, of which GPU {least} has the least "
                 f"memory free: {torch.cuda.get_device_name(least)}"
             )
         yield check_gpu_memory(recipe, device.precision, free[least], text)
@@ -638,8 +643,10 @@ def check_gpu_memory(recipe: Recipe, precision: str, free: int, text: str) -> Fi
         return ok("training", text)
     if free < need.fixed:
         advice = "use a larger GPU"
-        if need.method != "qlora":
-            advice += " or training.method: qlora"
+        # Weights in 4 bits are not split.
+        if not LocalSettings().fsdp and need.method != "qlora":
+            advice += " or training.method: qlora, or several GPUs that share out the model "
+            advice += "(DISTILLERY_DEVICES, DISTILLERY_FSDP)"
         return warn("training", f"{text}; that is too little even for short rows: {advice}")
     advice = "set training.gradient_checkpointing: true or a smaller training.batch_size"
     return warn("training", f"{text}; that is too little if rows are long: {advice}")
@@ -662,15 +669,19 @@ def gpu_needs(recipe: Recipe, precision: str) -> list[GpuNeed] | None:
         preparation = recipe.teacher.preparation
         trainings.append((preparation.base, preparation.training))
     needs = []
+    settings = LocalSettings()
     tokens = recipe.prompt.max_tokens + (recipe.task.max_tokens if recipe.task.writes else 0)
     for base, training in trainings:
         shape = shape_of(base)
         if shape is None:
             return None
         # CUDA itself, an adapter and the logits of a batch take less than 1 GB.
-        fixed = GB + fixed_bytes(shape, training.method, precision)
+        held = fixed_bytes(shape, training.method, precision)
+        if settings.fsdp:
+            held = split_bytes(shape, training.method, precision, settings.devices)
+        fixed = GB + held
         if training.hidden_weight:
-            # Before, the teacher's states are computed, in floats whatever the method.
+            # Before, one GPU computes the teacher's states, in floats whatever the method.
             fixed = max(fixed, GB + fixed_bytes(shape, "lora", precision))
         checkpointing = training.gradient_checkpointing
         token = bytes_a_token(shape, training.method, precision, checkpointing)

@@ -726,6 +726,25 @@ def test_fewer_gpus_than_devices(tiny_model: TinyModel, monkeypatch: pytest.Monk
     assert "DISTILLERY_DEVICES: 4, and PyTorch finds 2 GPUs here; lower it" in found.text
 
 
+def test_gpus_that_share_out_the_model_need_less(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(PHI_4_MINI))
+    student = {"base": {"model": str(tmp_path)}, "training": {"method": "full"}}
+    recipe = Recipe.model_validate({"student": student})
+
+    def training(free_gb: float) -> Finding:
+        return check_gpu_memory(recipe, "bfloat16", int(free_gb * GB), "on A")
+
+    assert "GPU, or several that share out the model (DISTILLERY_DEVICES," in training(40).text
+    monkeypatch.setenv("DISTILLERY_FSDP", "true")
+    for devices, fixed in (("2", "39.0"), ("4", "23.7")):
+        monkeypatch.setenv("DISTILLERY_DEVICES", devices)
+        assert f"takes an estimated {fixed} GB, and" in training(40).text
+    monkeypatch.setenv("DISTILLERY_DEVICES", "2")
+    assert training(30).text.endswith("too little even for short rows: use a larger GPU")
+
+
 PHI_4_MINI = {
     "model_type": "phi3",
     "vocab_size": 200064,

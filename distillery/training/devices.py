@@ -176,9 +176,12 @@ def failure_of(code: int, folder: Path) -> Exception:
     # When a rank ends, the others fail because it is gone.
     for kind, text in found:
         if kind == "OutOfMemoryError" or "out of memory" in text:
+            advice = "set training.gradient_checkpointing: true"
+            if not LocalSettings().fsdp:
+                advice += ", or DISTILLERY_FSDP=true where the worker starts"
             return TrainingError(
                 f"training.batch_size: a GPU's memory is full ({text}); lower it and raise "
-                "training.accumulation as much, or set training.gradient_checkpointing: true"
+                f"training.accumulation as much, or {advice}"
             )
         known = getattr(errors, kind, None)
         if known is not None:

@@ -38,6 +38,10 @@ ADAPTER_BYTES = 0.1
 """For each parameter below QLoRA's adapter: those of the adapter, of rank 16 in all layers, with
 gradients and moments. It is 0.12 in Phi-4-mini, and 0.05 in a Llama of 70 billion."""
 
+GATHERED_LAYERS = 3
+"""How many layers' weights a device holds beside its share of the model: those of the layer that
+computes and of the next one, and the buffers that they come in."""
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -64,6 +68,22 @@ def fixed_bytes(shape: Shape, method: str, precision: str) -> float:
     if method == "dora":
         of_base += NORM_BYTES
     return float(shape.parameters * of_base)
+
+
+def split_bytes(shape: Shape, method: str, precision: str, devices: int) -> float:
+    """Return what `fixed_bytes` does, for each of several devices that share out the model: its
+    share, and the weights that are gathered at a time, in full training with their gradients."""
+    of_weight = 2 if precision == "bfloat16" else 4
+    layers = GATHERED_LAYERS * (shape.parameters - shape.embedded) / shape.layers
+    if method == "full":
+        # Embeddings are gathered in float32, and autocast keeps a copy of the head.
+        gathered = 2 * of_weight * layers + (8 + CAST_BYTES) * shape.embedded
+        return shape.parameters * TRAINED_BYTES / devices + gathered
+    gathered = of_weight * (layers + shape.embedded)
+    if method == "dora":
+        # What norms are computed from stays until the backward pass.
+        gathered += shape.parameters * NORM_BYTES
+    return shape.parameters * of_weight / devices + gathered
 
 
 def bytes_a_token(shape: Shape, method: str, precision: str, checkpointing: bool) -> float:

@@ -6,6 +6,7 @@ this happens in step: every rank must make the same passes in the same order, wh
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
@@ -36,14 +37,18 @@ def split_model(model: Any, device: Device, whole: Iterable["torch.nn.Parameter"
         own = set(module.parameters(recurse=False))
         if module not in within and own - ignored:
             others.append(module)
-    products = MixedPrecisionPolicy()
-    if device.precision == "bfloat16":
-        # Else autocast would keep each layer's weights in bfloat16 until the backward pass.
-        products = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
-        )
+    products = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
     for layer in layers:
-        fully_shard(layer, mesh=mesh, mp_policy=products, ignored_params=ignored)
+        if device.precision == "bfloat16" and not ignored:
+            # Else autocast would keep a copy of all weights in bfloat16 until the backward pass.
+            linear: list[torch.nn.Module] = []
+            for module in layer.modules():
+                if isinstance(module, torch.nn.Linear):
+                    linear.append(module)
+            fully_shard(linear, mesh=mesh, mp_policy=products)
+        fully_shard(layer, mesh=mesh, ignored_params=ignored)
     fully_shard(others, mesh=mesh, ignored_params=ignored)
     fully_shard(model, mesh=mesh, ignored_params=ignored)
     for module in model.modules():
@@ -85,6 +90,39 @@ def in_step(model: Any, batches: Iterable[list[int]]) -> Iterator[list[int]]:
     dist.all_reduce(most, dist.ReduceOp.MAX)
     yield from own
     yield from repeat(own[-1], int(most) - len(own))
+
+
+def all_agree(model: Any, flag: bool) -> bool:
+    """Return `flag` or, where the model is split, whether it is true on all ranks."""
+    if not is_split(model):
+        return flag
+    import torch
+    import torch.distributed as dist
+
+    told = torch.tensor(int(flag))
+    dist.all_reduce(told, dist.ReduceOp.MIN)
+    return bool(told)
+
+
+def gather_with_gradients(model: Any, cache: Any) -> None:
+    """Gather a split model's layers when gradients reach what `cache` holds of them. FSDP gathers a
+    layer when they reach its output, and nobody reads the last layer's where the cache is all that
+    a pass is made for."""
+    if not is_split(model):
+        return
+    for layer, kept in zip(model.get_decoder().layers, cache.layers, strict=False):
+        for tensor in (kept.keys, kept.values):
+            if tensor.requires_grad:
+                tensor.register_hook(partial(gather, layer))
+
+
+def gather(layer: Any, _gradient: "torch.Tensor") -> None:
+    """Gather the weights of a layer of a split model (a hook of a tensor's gradient)."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in layer.modules():
+        if isinstance(module, FSDPModule):
+            module.unshard()
 
 
 def own_share(tensor: "torch.Tensor") -> "torch.Tensor":

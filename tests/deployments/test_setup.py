@@ -237,7 +237,7 @@ def test_a_kubernetes_job_holds_no_secret_and_reads_those_that_it_needs_from_one
         reference == {"name": "distillery", "key": name, "optional": True}
         for name, reference in read.items()
     )
-    withheld = setup.NOT_FOR_TRAINING if pool == "gpu-pool" else set()
+    withheld = setup.NOT_FOR_TRAINING if pool == "gpu-pool" else {"DISTILLERY_FSDP"}
     of_template = {"DISTILLERY_NEEDS_GPU", "DISTILLERY_DEVICES"} if pool == "gpu-pool" else set()
     wanted = {*SECRET, *PLAIN, *setup.EACH_WORKERS_OWN}
     assert wanted - withheld - of_template <= set(read)
@@ -981,6 +981,7 @@ def test_a_pool_for_gpus_ends_trainings_without_one(workers: str) -> None:
     services = COMPOSE["services"]
     assert services["gpu-worker"]["environment"] == services["cpu-worker"]["environment"] | {
         "DISTILLERY_DEVICES": "${DISTILLERY_DEVICES:-1}",
+        "DISTILLERY_FSDP": "${DISTILLERY_FSDP:-false}",
         "DISTILLERY_NEEDS_GPU": "true",
         "DISTILLERY_SIGNING_KEY": "",
     }

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausa
 from distillery.models.device import Device, linear_layers_cast
 from distillery.recipe import TrainingRecipe
 from distillery.training.batching import forward
-from distillery.training.footprint import Shape, bytes_a_token, fixed_bytes
+from distillery.training.footprint import Shape, bytes_a_token, fixed_bytes, split_bytes
 from distillery.training.loop import trainable_model
 
 HIDDEN, MLP, BATCH = 384, 1024, 4
@@ -72,6 +72,18 @@ def test_passes_keep_what_is_estimated_for_each_token_and_layer(
         return bytes_a_token(Shape(0, layers, HIDDEN, MLP), method, "bfloat16", checkpointing)
 
     assert found == pytest.approx(estimated(2) - estimated(1), rel=0.1)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+@pytest.mark.parametrize("method", ["lora", "dora", "full"])
+def test_devices_that_share_out_a_model_hold_less_each(method: str, precision: str) -> None:
+    shape = Shape(8 * 10**9, 32, HIDDEN, MLP, 10**9)
+    whole = fixed_bytes(shape, method, precision)
+    two, eight = (split_bytes(shape, method, precision, devices) for devices in (2, 8))
+    assert eight < two < whole
+    # What is gathered at a time does not depend on the number of devices.
+    share = 16 if method == "full" else 2 if precision == "bfloat16" else 4
+    assert two - eight == pytest.approx(shape.parameters * share * (1 / 2 - 1 / 8))
 
 
 def test_full_training_takes_more_than_an_adapter_and_float32_more_than_bfloat16() -> None:
