@@ -373,7 +373,7 @@ def set_up(
     if recipe.class_weights == "balanced" and rows[0].closed:
         class_weights = balanced_weights(rows, len(rows[0].letters))
     objective = Objective(model, recipe, device, pad_id, end_id, teacher_states, class_weights)
-    if ranks.split:
+    if ranks.split and recipe.rationale_weight:
         stand_in = next((row for row in rows if row.rationale), None)
         objective = replace(objective, stand_in=stand_in)
     state = TrainingState(fingerprint, weights, optimiser, schedule)

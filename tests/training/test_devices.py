@@ -89,11 +89,12 @@ def of_two_ranks(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory
 
 
 def tolerance_of(name: str) -> tuple[float, float]:
-    """Return how far weights and figures of a case may be from those of one process: rounding grows
-    with a high learning rate, and is more in bfloat16."""
+    """Return how far weights and figures of a case may be from those of one process. Rounding is
+    more in bfloat16, and AdamW makes much of it by a high learning rate and in tiny gradients."""
     if name.startswith("bfloat16"):
         return 2e-3, 0.02
-    return (1e-4, 1e-4) if name == "patience" else (1e-5, 1e-5)
+    grows = name in ("patience", "long beginnings, texts")
+    return (1e-4, 1e-4) if grows else (1e-5, 1e-5)
 
 
 WENT_ON = ("True to True", "True to False", "False to True")
