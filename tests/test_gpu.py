@@ -60,6 +60,19 @@ def test_a_training_runs_on_the_gpu_and_learns(
     assert result.validation_accuracy > 0.8
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_gpus_that_split_a_model_learn(
+    tiny_model: Callable[[str], Path], tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DISTILLERY_DEVICES", "2")
+    one = trained(tiny_model("llama"), tmp_path / "whole", method)
+    monkeypatch.setenv("DISTILLERY_FSDP", "true")
+    split = trained(tiny_model("llama"), tmp_path / "split", method)
+    assert split.curve[0].loss == pytest.approx(one.curve[0].loss, rel=0.02)
+    assert split.curve[-1].loss < 0.5 * split.curve[0].loss
+
+
 def test_a_gpu_scores_as_a_cpu_does(
     tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,7 +17,7 @@ from distillery.errors import StoreError
 from distillery.records import CANONICAL, CurvePoint
 from distillery.storage.working import working_folder
 from distillery.training.decisions import decide
-from distillery.training.ranks import Ranks
+from distillery.training.ranks import ALONE, Ranks
 from distillery.training.rows import TrainingRow
 from distillery.training.split_model import (
     joined_state,
@@ -135,7 +135,7 @@ class TrainingState:
         points = {point.step: point for point in self.curve}
         return points[self.best_step or self.step].validation_tokens
 
-    def save(self, checkpoints: Checkpoints, ranks: Ranks) -> None:
+    def save(self, checkpoints: Checkpoints, ranks: Ranks = ALONE) -> None:
         """Save a checkpoint, which the first of `ranks` writes. A store that is down or full is
         logged and does not end training, which needs the checkpoint only if its process dies."""
         import torch
@@ -228,7 +228,7 @@ class CheckpointTimer:
     """Saves a checkpoint every `every_s` seconds at most, and less often where saving would take
     more than 2 % of the time."""
 
-    def __init__(self, checkpoints: Checkpoints, every_s: float, ranks: Ranks) -> None:
+    def __init__(self, checkpoints: Checkpoints, every_s: float, ranks: Ranks = ALONE) -> None:
         self.checkpoints, self.every_s, self.ranks = checkpoints, every_s, ranks
         self.due = time.perf_counter() + every_s
 

@@ -25,7 +25,8 @@ class Ranks:
     whether they share out the model, too.
 
     Several need torch.distributed's process group, in which each method but `share` and `seed` is
-    called by all of them. What they tell each other are tensors: objects would be pickled."""
+    called by all of them; `as_first_says` by all that share out the model. What they tell each
+    other are tensors: objects would be pickled."""
 
     rank: int = 0
     count: int = 1

@@ -20,7 +20,7 @@ def split_model(model: Any, device: Device, whole: Iterable["torch.nn.Parameter"
     """Split `model`, which is in main memory, between all ranks. Its layers go to the ranks'
     devices one after another, so that no device ever holds more than its shares and one layer.
 
-    `whole`: parameters that are left as they are on every rank."""
+    `whole`: parameters that are not split, so that every rank holds all of them."""
     import torch
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
@@ -56,6 +56,8 @@ def split_model(model: Any, device: Device, whole: Iterable["torch.nn.Parameter"
             # A loss is a mean over rows and not over ranks: the sum of what the ranks have.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+    # What is not split: all that is left in main memory.
+    model.to(device.name)
     # FSDP takes the module that makes the first pass for the whole model.
     token = torch.zeros(1, 1, dtype=torch.long, device=device.name)
     with torch.no_grad(), device.autocast():
@@ -181,10 +183,10 @@ def joined_weights(
 
 def joined_state(state: dict[str, Any], weights: Iterable["torch.Tensor"]) -> dict[str, Any]:
     """Return an optimiser's state dict with whole moments of its `weights`, as `joined` does."""
-    whole = {}
-    for weight, (number, moments) in zip(weights, state["state"].items(), strict=False):
+    by_number, whole = list(weights), {}
+    for number, moments in state["state"].items():
         whole[number] = {
-            name: joined(own_share(moment), weight) if is_share(moment) else moment
+            name: joined(own_share(moment), by_number[number]) if is_share(moment) else moment
             for name, moment in moments.items()
         }
     return state | {"state": whole}
@@ -192,8 +194,10 @@ def joined_state(state: dict[str, Any], weights: Iterable["torch.Tensor"]) -> di
 
 def state_of(whole: dict[str, Any], weights: Iterable["torch.Tensor"]) -> dict[str, Any]:
     """Return an optimiser's state dict, of which every rank has all, split as its `weights` are."""
-    split = {}
-    for weight, (number, moments) in zip(weights, whole["state"].items(), strict=False):
+    by_number, split = list(weights), {}
+    for number, moments in whole["state"].items():
+        weight = by_number[number]
+        # Beside the moments there is the number of steps.
         split[number] = {
             name: share_of(moment, weight) if moment.shape == weight.shape else moment
             for name, moment in moments.items()
