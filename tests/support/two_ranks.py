@@ -3,6 +3,7 @@
 import json
 import random
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -14,6 +15,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from one_folder import OneFolder
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grad_norm_
 
 from distillery.models.load import load_model
 from distillery.recipe import TrainingRecipe
@@ -133,7 +136,8 @@ def trained(
     checkpoints: Checkpoints | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Return the trained weights and the figures."""
+    """Return the trained weights, the figures, and the norm of the gradients at each step, which
+    the weights do not tell: AdamW makes the same of gradients half as large."""
     model, _ = load_model(base)
     recipe = TrainingRecipe.model_validate({"epochs": 3, **SHAPE, **case.settings})
     hidden = None
@@ -144,20 +148,27 @@ def trained(
     validation = case.rows[: case.validation]
     if recipe.patience:
         validation = [row.model_copy(update={"answer": (row.answer + 1) % 3}) for row in validation]
-    model, result = train(
-        model,
-        case.rows,
-        validation,
-        recipe,
-        pad_id=0,
-        end_id=END,
-        hidden=hidden,
-        checkpoints=checkpoints,
-        progress=progress,
-        ranks=ranks,
-    )
+    norms = []
+
+    def clip(weights: Iterable[torch.nn.Parameter], most: float) -> None:
+        norm = clip_grad_norm_(weights, most)
+        norms.append(float(norm.full_tensor() if isinstance(norm, DTensor) else norm))
+
+    with patch("torch.nn.utils.clip_grad_norm_", clip):
+        model, result = train(
+            model,
+            case.rows,
+            validation,
+            recipe,
+            pad_id=0,
+            end_id=END,
+            hidden=hidden,
+            checkpoints=checkpoints,
+            progress=progress,
+            ranks=ranks,
+        )
     weights = {name: weight.detach().clone() for name, weight in model.named_parameters()}
-    return {"weights": weights, "result": result.model_dump_json()}
+    return {"weights": weights, "result": result.model_dump_json(), "norms": norms}
 
 
 RESUMED = ("proven", "lora", "classes")

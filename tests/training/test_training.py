@@ -49,6 +49,7 @@ from distillery.training.fine_tune import fine_tune
 from distillery.training.hidden_states import hidden_states
 from distillery.training.loop import Progress, TrainingProgress, TrainingResult, train
 from distillery.training.losses import hidden_loss
+from distillery.training.ranks import Ranks
 from distillery.training.rows import TrainingRow, training_rows
 from distillery.training.validation import option_probabilities, proven_worse, validate
 
@@ -686,7 +687,7 @@ def test_checkpoints_take_two_percent_of_the_time_at_most(
     short_training(tiny_model("llama"), checkpoints=rare, every_s=3600)
     assert (slow.saves, rare.saves) == (1, 0)
 
-    def save(checkpoints: Checkpoints) -> None:
+    def save(checkpoints: Checkpoints, ranks: Ranks) -> None:
         saved.append(clock.now)
         clock.now += 1.0
 
