@@ -40,6 +40,7 @@ from distillery.readiness import (
     check_data,
     check_endpoint,
     check_gpu_memory,
+    check_memory,
     check_settings,
     training_bytes,
 )
@@ -714,6 +715,39 @@ def test_of_several_gpus_the_smallest_counts(
         "on 3 GPUs in bfloat16, of which GPU 1 has the least memory free: GPU 1 of the test, 1.0 "
         "GB of its memory free; the run takes"
     )
+
+
+def test_gpus_share_out_the_model_where_the_machine_says_so(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda gpu: f"GPU {gpu} of the test")
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda gpu: (8 * 10**9, 10 * 10**9))
+    asked = local(tiny_model("llama"))
+    monkeypatch.setenv("DISTILLERY_FSDP", "true")
+    alone = findings(asked)["training"]
+    assert alone.level == "FAIL"
+    assert alone.text.startswith("DISTILLERY_FSDP: a model is split between several devices")
+    monkeypatch.setenv("DISTILLERY_DEVICES", "2")
+    found = findings(asked)["training"].text
+    assert found.startswith("on 2 GPUs that share out the model in bfloat16, of which GPU 0 has")
+
+
+def test_a_process_that_keeps_a_share_of_the_model_takes_less_main_memory(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("distillery.readiness.largest_base_bytes", lambda recipe: 10**9)
+    monkeypatch.setenv("DISTILLERY_DEVICES", "4")
+    student = {"base": {"model": str(tiny_model("llama"))}, "training": {"method": "full"}}
+    recipe = Recipe.model_validate({"student": student})
+    needs = []
+    for fsdp in ("false", "true"):
+        monkeypatch.setenv("DISTILLERY_FSDP", fsdp)
+        (found,) = check_memory(recipe)
+        needs.append(re.findall("takes about ([0-9.]+) GB", found.text)[0])
+    assert needs == ["20.0", "12.0"]
 
 
 def test_fewer_gpus_than_devices(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -562,6 +562,18 @@ def test_more_devices_than_gpus_are_one_line(monkeypatch: pytest.MonkeyPatch) ->
         check_gpu(allow_cpu=True)
 
 
+def test_a_full_gpu_may_share_out_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "stderr.txt").write_text("")
+    (tmp_path / "error-0.json").write_text(json.dumps(["OutOfMemoryError", "CUDA out of memory"]))
+    assert str(failure_of(1, tmp_path)).endswith(
+        ", or DISTILLERY_FSDP=true where the worker starts"
+    )
+    monkeypatch.setenv("DISTILLERY_FSDP", "true")
+    assert str(failure_of(1, tmp_path)).endswith("or set training.gradient_checkpointing: true")
+
+
 def test_a_model_that_is_split_needs_several_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DISTILLERY_FSDP", "true")
     monkeypatch.delenv(MACHINES, raising=False)
