@@ -14,16 +14,23 @@ from typing import Any
 from distillery.errors import TrainingUnavailable
 from distillery.hub_kernels import import_bitsandbytes
 from distillery.models.device import Device
+from distillery.settings import LocalSettings
 
 _log = logging.getLogger(__name__)
 
 
 def check_four_bits() -> None:
-    """Raise TrainingUnavailable where bitsandbytes is not installed."""
+    """Raise TrainingUnavailable where bitsandbytes is not installed, or a model should be split
+    (DISTILLERY_FSDP)."""
     if find_spec("bitsandbytes") is None:
         raise TrainingUnavailable(
             "training.method: qlora needs bitsandbytes where the training runs; install "
             "distillery[qlora] there, or set training.method: lora"
+        )
+    if LocalSettings().fsdp:
+        raise TrainingUnavailable(
+            "DISTILLERY_FSDP: weights in 4 bits (training.method: qlora) are not split between "
+            "devices; set training.method: lora, or remove DISTILLERY_FSDP"
         )
 
 
@@ -31,8 +38,7 @@ def quantise_linear_layers(model: Any, device: Device) -> None:
     """Replace the linear layers of `model`, save its head, by layers with weights in 4 bits, on
     `device`. They are moved there one by one, so that a GPU never holds all of them as floats.
 
-    A layer computes in `device.precision`. Raises TrainingUnavailable where bitsandbytes is not
-    installed."""
+    A layer computes in `device.precision`. Raises what `check_four_bits` does."""
     import torch
 
     check_four_bits()

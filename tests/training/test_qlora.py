@@ -238,7 +238,7 @@ def test_a_device_is_given_float_weights_of_one_layer_at_a_time(
         return move(module, *given, **named)
 
     monkeypatch.setattr(torch.nn.Module, "to", to)
-    trainable_model(model, recipe(), CPU)
+    trainable_model(model, recipe(), CPU).to("cpu")
     assert len(moved) > 14
     assert max(moved) == largest
 
@@ -255,6 +255,14 @@ def test_where_bitsandbytes_is_missing_one_line_says_what_to_install(
         trained(tiny_model("llama"), recipe())
     _, result = trained(tiny_model("llama"), recipe(method="lora", epochs=1))
     assert result.steps == 3
+
+
+def test_a_base_in_4_bits_is_not_split(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DISTILLERY_FSDP", "true")
+    with pytest.raises(TrainingUnavailable, match=r"^DISTILLERY_FSDP: weights in 4 bits"):
+        trained(tiny_model("llama"), recipe())
 
 
 @pytest.mark.security
