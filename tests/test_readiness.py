@@ -810,7 +810,7 @@ def test_the_gpu_that_phi_4_mini_takes_is_estimated_from_its_config(tmp_path: Pa
     assert training(24, gradient_checkpointing=True).level == "ok"
     assert training(24, batch_size=4).level == "ok"
     whole = training(24, method="full", gradient_checkpointing=True)
-    assert whole.text.endswith("for short rows: use a larger GPU or training.method: qlora")
+    assert "for short rows: use a larger GPU or training.method: qlora" in whole.text
     packed = training(24, method="qlora", gradient_checkpointing=True)
     assert "the run takes an estimated 4.2 GB, and 0.3 GB for every 1,000 tokens" in packed.text
     assert training(3, method="qlora").text.endswith("for short rows: use a larger GPU")

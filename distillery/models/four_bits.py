@@ -22,15 +22,15 @@ _log = logging.getLogger(__name__)
 def check_four_bits() -> None:
     """Raise TrainingUnavailable where bitsandbytes is not installed, or a model should be split
     (DISTILLERY_FSDP)."""
-    if find_spec("bitsandbytes") is None:
-        raise TrainingUnavailable(
-            "training.method: qlora needs bitsandbytes where the training runs; install "
-            "distillery[qlora] there, or set training.method: lora"
-        )
     if LocalSettings().fsdp:
         raise TrainingUnavailable(
             "DISTILLERY_FSDP: weights in 4 bits (training.method: qlora) are not split between "
             "devices; set training.method: lora, or remove DISTILLERY_FSDP"
+        )
+    if find_spec("bitsandbytes") is None:
+        raise TrainingUnavailable(
+            "training.method: qlora needs bitsandbytes where the training runs; install "
+            "distillery[qlora] there, or set training.method: lora"
         )
 
 

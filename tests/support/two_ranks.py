@@ -42,6 +42,11 @@ class Case:
     validation: int = 0
     hidden: bool = False
 
+    @property
+    def may_be_split(self) -> bool:
+        """Whether ranks may share out the model: not one with weights in 4 bits."""
+        return self.settings.get("method") != "qlora"
+
 
 def rows_of(kind: str, count: int = 18) -> list[TrainingRow]:
     """Return rows of random tokens whose answer can be read off the last one. The third one has no
@@ -246,7 +251,8 @@ def main(base: Path, out: Path) -> None:
     found: dict[str, Any] = {}
     for name, case in cases().items():
         found[name] = trained(base, case, whole)
-        found[f"{name}, split"] = trained(base, case, split)
+        if case.may_be_split:
+            found[f"{name}, split"] = trained(base, case, split)
         if name in RESUMED:
             for before, after in ((split, split), (split, alone), (alone, split)):
                 folder = out / f"{name}-{before.split}-{after.split}"
