@@ -645,7 +645,9 @@ def check_gpu_memory(recipe: Recipe, precision: str, free: int, text: str) -> Fi
         advice = "use a larger GPU"
         # Weights in 4 bits are not split.
         if not LocalSettings().fsdp and need.method != "qlora":
-            advice += " or training.method: qlora, or several GPUs that share out the model "
+            if need.in_four_bits <= free:
+                advice += f", {need.section}.method: qlora,"
+            advice += " or several GPUs that share out the model "
             advice += "(DISTILLERY_DEVICES, DISTILLERY_FSDP)"
         return warn("training", f"{text}; that is too little even for short rows: {advice}")
     advice = "set training.gradient_checkpointing: true or a smaller training.batch_size"
@@ -654,51 +656,58 @@ def check_gpu_memory(recipe: Recipe, precision: str, free: int, text: str) -> Fi
 
 class GpuNeed(NamedTuple):
     """Estimated memory of a training by `method` on a GPU, in bytes: whatever the batch, for each
-    of its tokens, and with as many as a batch of the recipe can have."""
+    of its tokens, and with as many as a batch of the recipe can have. `section`: that of the
+    recipe. `in_four_bits`: what `fixed` would be with qlora."""
 
+    section: str
     method: str
     fixed: float
     token: float
     most: float
+    in_four_bits: float
 
 
 def gpu_needs(recipe: Recipe, precision: str) -> list[GpuNeed] | None:
     """Return what each training takes; None where the shape of a base model is not known here."""
-    trainings = [(recipe.student_base, training) for training in recipe.student.trainings]
+    own, section = recipe.student_base, "student.training"
+    trainings = [(section, own, training) for training in recipe.student.trainings]
     if recipe.teacher.kind == "local":
         preparation = recipe.teacher.preparation
-        trainings.append((preparation.base, preparation.training))
+        section = "teacher.preparation.training"
+        trainings.append((section, preparation.base, preparation.training))
     needs = []
     settings = LocalSettings()
     tokens = recipe.prompt.max_tokens + (recipe.task.max_tokens if recipe.task.writes else 0)
-    for base, training in trainings:
+    for section, base, training in trainings:
         shape = shape_of(base)
         if shape is None:
             return None
-        # CUDA itself, an adapter and the logits of a batch take less than 1 GB.
         held = fixed_bytes(shape, training.method, precision)
         if settings.fsdp:
             held = split_bytes(shape, training.method, precision, settings.devices)
-        fixed = GB + held
-        if training.hidden_weight:
-            # Before, one GPU computes the teacher's states, in floats whatever the method.
-            fixed = max(fixed, GB + fixed_bytes(shape, "lora", precision))
+        # Before the training, one GPU computes the teacher's states, in floats whatever the method.
+        of_states = fixed_bytes(shape, "lora", precision) if training.hidden_weight else 0.0
+        # CUDA itself, an adapter and the logits of a batch take less than 1 GB.
+        fixed = GB + max(held, of_states)
+        in_four_bits = GB + max(fixed_bytes(shape, "qlora", precision), of_states)
         checkpointing = training.gradient_checkpointing
         token = bytes_a_token(shape, training.method, precision, checkpointing)
         most = fixed + token * training.batch_size * tokens
-        needs.append(GpuNeed(training.method, fixed, token, most))
+        needs.append(GpuNeed(section, training.method, fixed, token, most, in_four_bits))
     return needs
 
 
 def shape_of(base: BaseModelRecipe) -> Shape | None:
     """Return the shape that a base model's config.json tells; None where it is not here, or says it
-    in other words."""
+    in other words, and for a mixture of experts, whose layers are not alike."""
     try:
         local = local_config(base)
         if local is None or local.is_file():
             return None
         size = float32_bytes(local)
         config = json.loads((local / "config.json").read_text(encoding="utf-8"))
+        if "num_experts" in config or "num_local_experts" in config:
+            return None
         layers, hidden = config["num_hidden_layers"], config["hidden_size"]
         intermediate = config["intermediate_size"]
         # Where it is not told, head and embeddings count as two.

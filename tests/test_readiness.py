@@ -42,6 +42,7 @@ from distillery.readiness import (
     check_gpu_memory,
     check_memory,
     check_settings,
+    gpu_needs,
     training_bytes,
 )
 from distillery.recipe import (
@@ -810,11 +811,19 @@ def test_the_gpu_that_phi_4_mini_takes_is_estimated_from_its_config(tmp_path: Pa
     assert training(24, gradient_checkpointing=True).level == "ok"
     assert training(24, batch_size=4).level == "ok"
     whole = training(24, method="full", gradient_checkpointing=True)
-    assert "for short rows: use a larger GPU or training.method: qlora" in whole.text
+    advice = "for short rows: use a larger GPU, student.training.method: qlora, or several GPUs"
+    assert advice in whole.text
+    assert "use a larger GPU or several GPUs that share out" in training(3).text, "nor does qlora"
     packed = training(24, method="qlora", gradient_checkpointing=True)
     assert "the run takes an estimated 4.2 GB, and 0.3 GB for every 1,000 tokens" in packed.text
     assert training(3, method="qlora").text.endswith("for short rows: use a larger GPU")
     assert training(85, method="full", gradient_checkpointing=True).level == "ok"
+
+
+def test_the_memory_for_a_mixture_of_experts_is_not_estimated(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(PHI_4_MINI | {"num_local_experts": 8}))
+    asked = Recipe.model_validate({"student": {"base": {"model": str(tmp_path)}}})
+    assert gpu_needs(asked, "bfloat16") is None
 
 
 def test_a_teacher_whose_states_are_learnt_is_held_in_floats(tmp_path: Path) -> None:

@@ -109,10 +109,11 @@ def write_rows(
 
 
 def load_transformers(job: ScoringJob, answer_format: AnswerFormat | None) -> Predictor:
-    """Load a folder that Transformers runs, in the job's precision."""
+    """Load a folder that Transformers runs, in the job's precision. A model that does not fit the
+    GPU, as after a training in 4 bits or on several GPUs, computes on the processor."""
     import torch
 
-    from distillery.models.device import cast_linear_layers, choose_device
+    from distillery.models.device import Device, cast_linear_layers, choose_device, fits
     from distillery.models.load import end_ids, load_model, pad_id
     from distillery.training.validation import option_probabilities
 
@@ -129,6 +130,9 @@ def load_transformers(job: ScoringJob, answer_format: AnswerFormat | None) -> Pr
     model, tokenizer = load_model(
         Path(job.model.folder), adapter, job.model.remote_code, device.frozen_precision
     )
+    if not fits(model, device):
+        device = Device("cpu", "float32")
+        model.float()
     model.to(device.name)
     padding = pad_id(tokenizer)
     if device.precision == "bfloat16":

@@ -12,6 +12,9 @@ from distillery.errors import TrainingUnavailable
 from distillery.machine import machine_name
 from distillery.settings import LocalSettings
 
+ROOM_BYTES = 10**9
+"""What passes take beside the weights, at least."""
+
 MACHINES = "PET_NNODES"
 """torchrun's own variable for the number of machines; with it go PET_NODE_RANK, PET_MASTER_ADDR and
 PET_MASTER_PORT."""
@@ -49,6 +52,18 @@ def choose_device(precision: str = "auto") -> Device:
         fast = torch.cuda.is_bf16_supported() if name == "cuda" else processor_prefers_bfloat16()
         precision = "bfloat16" if fast else "float32"
     return Device(name, precision)
+
+
+def fits(model: Any, device: Device) -> bool:
+    """Return whether the memory that is free on a device holds a model's weights, and ROOM_BYTES
+    beside them; of the processor that is not asked."""
+    import torch
+
+    if device.name != "cuda":
+        return True
+    weights: int = sum(weight.nbytes for weight in model.parameters())
+    free: int = torch.cuda.mem_get_info()[0]
+    return weights + ROOM_BYTES <= free
 
 
 def processor_prefers_bfloat16() -> bool:

@@ -120,6 +120,7 @@ def test_scoring_moves_no_float32_weight_to_a_gpu(
 ) -> None:
     moved: list[tuple[str, set[torch.dtype]]] = []
     monkeypatch.setattr("distillery.models.device.choose_device", lambda _: GPU)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10**12, 10**12))
     monkeypatch.setattr(
         torch.nn.Module, "to", lambda self, name: moved.append((name, precisions(self)))
     )
@@ -128,3 +129,23 @@ def test_scoring_moves_no_float32_weight_to_a_gpu(
     assert load_predictor(job).ran_on == "cuda bfloat16"
     assert loaded == [{torch.bfloat16}]
     assert moved == [("cuda", {torch.bfloat16})]
+
+
+@pytest.mark.parametrize(("room", "ran_on"), [(10**9, "cuda bfloat16"), (0, "cpu float32")])
+def test_a_model_that_does_not_fit_the_gpu_is_scored_on_the_processor(
+    room: int, ran_on: str, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a training in 4 bits: the student is scored in floats."""
+    moved: list[tuple[str, set[torch.dtype]]] = []
+    monkeypatch.setattr("distillery.models.device.choose_device", lambda _: GPU)
+    monkeypatch.setattr(
+        torch.nn.Module, "to", lambda self, name: moved.append((name, precisions(self)))
+    )
+    base = tiny_model("llama")
+    weights = 2 * sum(weight.numel() for weight in load_model(base)[0].parameters())
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (weights + room, 0))
+    model = ModelToScore(name="tiny", kind="transformers", folder=str(base))
+    job = ScoringJob(model=model, examples="", prompt=PromptRecipe(), threads=1, precision="auto")
+    assert load_predictor(job).ran_on == ran_on
+    name, precision = ran_on.split()
+    assert moved == [(name, {getattr(torch, precision)})]
