@@ -15,7 +15,7 @@ from typing import Literal
 import yaml
 
 from distillery.data.few_rows import few_rows
-from distillery.data.good_rows import GoodCopy, refuse_good_copies, write_good_copy
+from distillery.data.good_rows import GoodCopy, refuse_good_copies, write_good_copies
 from distillery.data.guess import listed
 from distillery.data.look import (
     MOST_COMPARED,
@@ -175,12 +175,13 @@ def new_recipe(
 
 def leave_out(found: Look, paths: Sequence[Path], force: bool) -> dict[Path, GoodCopy]:
     """Copy those of the files in `paths` that have bad rows without them, and return the copies.
-    Raises DataError for a file that can't be written, or not without `force`."""
+    Raises DataError for a file that can't be written, or not without `force`, and for a bad row
+    that can't be left out."""
     reasons: dict[Path, dict[int, str]] = {}
     for row in found.bad:
         reasons.setdefault(row.path, {})[row.line] = row.reason
     refuse_good_copies(reasons, paths, force)
-    return {path: write_good_copy(path, bad) for path, bad in reasons.items()}
+    return write_good_copies(reasons)
 
 
 def parsed(text: str) -> Recipe:

@@ -28,6 +28,9 @@ from distillery.storage.allowed import local_path
 
 NOT_UTF8 = "not UTF-8; save the file in that encoding"
 
+NO_VALID_CSV = "no valid CSV"
+"""What the fault of a CSV row with wrong quotes begins with."""
+
 PARQUET_BATCH_ROWS = 256
 """Rows of a Parquet file in memory at a time, at most."""
 
@@ -272,7 +275,7 @@ def csv_cells(file: TextIO, limit: int) -> Iterator[tuple[int, list[str], str]]:
         except RowTooLarge:
             yield line, [], too_large(limit)
         except csv.Error as error:
-            yield line, [], f"no valid CSV ({error}); check the quotes"
+            yield line, [], f"{NO_VALID_CSV} ({error}); check the quotes"
         else:
             if cells:
                 yield line, cells, ""

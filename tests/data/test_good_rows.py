@@ -1,6 +1,7 @@
 """Copies of files without their bad rows: nothing else changes, and nothing is lost."""
 
 import json
+import os
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,18 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 
-from distillery.data.good_rows import refuse_good_copies, write_good_copy
+from distillery.data.good_rows import GROUP_ROWS, GoodCopy, refuse_good_copies, write_good_copies
 from distillery.data.readers import open_table
 from distillery.errors import DataError
+
+
+def write_good_copy(path: Path, reasons: dict[int, str]) -> GoodCopy:
+    return write_good_copies({path: reasons})[path]
+
+
+def faults_of(path: Path) -> dict[int, str]:
+    with open_table("DATA", path) as table:
+        return {row.line: row.fault for row in table.rows if row.fault}
 
 
 def bad_rows(path: Path) -> list[dict[str, Any]]:
@@ -31,8 +41,7 @@ def test_what_is_left_of_a_csv_is_as_it_was_byte_for_byte(tmp_path: Path) -> Non
     ]
     path = tmp_path / "rows.csv"
     path.write_bytes(b"".join(rows))
-    with open_table("DATA", path) as table:
-        faults = {row.line: row.fault for row in table.rows if row.fault}
+    faults = faults_of(path)
     assert list(faults) == [4, 7, 8]
     good, bad = write_good_copy(path, faults)
     assert (good.name, bad.name) == ("rows-good.csv", "rows-bad.jsonl")
@@ -60,6 +69,8 @@ def test_what_is_left_of_jsonl_and_a_row_that_is_too_long(
         {"line": 2, "reason": "no JSON", "row": "no JSON"},
         {"line": 4, "reason": "long", "row": None},
     ]
+    with pytest.raises(DataError, match=r"rows\.jsonl: changed while it was read; run"):
+        write_good_copy(path, {2: "no JSON"})
 
 
 def test_what_is_left_of_parquet_has_its_types(tmp_path: Path) -> None:
@@ -89,7 +100,69 @@ def test_no_copy_takes_the_place_of_another_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"rows-good\.csv: exists; rename it, or say --force"):
         refuse_good_copies([rows], [rows], force=False)
     refuse_good_copies([rows], [rows], force=True)
-    with pytest.raises(DataError, match=r"rows-good\.csv: would be overwritten by what is left of"):
+    with pytest.raises(DataError, match=r"rows-good\.csv: is read too, and the copy of .* would"):
         refuse_good_copies([rows], [rows, other], force=True)
     with pytest.raises(DataError, match=r"can't be copied to .*rows-good\.csv \(No such file"):
         write_good_copy(tmp_path / "none" / "rows.csv", {2: "empty"})
+    with pytest.raises(DataError, match=r"rows-good\.csv: is read too"):
+        refuse_good_copies([Path(os.path.relpath(rows))], [other], force=True)
+
+
+def test_a_copy_takes_the_place_of_a_link_and_not_of_what_it_leads_to(tmp_path: Path) -> None:
+    rows, kept, good = (tmp_path / f"{name}.csv" for name in ("rows", "kept", "rows-good"))
+    rows.write_text("text,label\n,a\ntwo,b\n")
+    kept.write_text("kept")
+    good.symlink_to(rows)
+    with pytest.raises(DataError, match=r"rows-good\.csv: is read too"):
+        refuse_good_copies([rows], [rows], force=True)
+    good.unlink()
+    good.symlink_to(kept)
+    refuse_good_copies([rows], [rows], force=True)
+    write_good_copy(rows, {2: "empty"})
+    assert kept.read_text() == "kept"
+    assert good.read_text() == "text,label\ntwo,b\n"
+    good.unlink()
+    good.symlink_to(tmp_path / "none")
+    with pytest.raises(DataError, match=r"rows-good\.csv: exists"):
+        refuse_good_copies([rows], [rows], force=False)
+
+
+def test_where_a_file_cannot_be_copied_nothing_is_written(tmp_path: Path) -> None:
+    rows, none = tmp_path / "rows.csv", tmp_path / "none.parquet"
+    rows.write_text("text,label\n,a\ntwo,b\n")
+    none.write_bytes(b"PAR1")
+    earlier = tmp_path / "rows-good.csv"
+    earlier.write_text("earlier")
+    with pytest.raises(DataError, match=r"none\.parquet: can't be copied to .*none-good\.parquet"):
+        write_good_copies({rows: {2: "empty"}, none: {1: "empty"}})
+    assert earlier.read_text() == "earlier"
+    assert set(tmp_path.iterdir()) == {rows, none, earlier}
+
+
+@pytest.mark.parametrize("limit", ["1", "0.001"])
+def test_a_row_that_has_swallowed_others_is_not_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    monkeypatch.setenv("DISTILLERY_ROW_MB", limit)
+    path = tmp_path / "rows.csv"
+    good = "".join(f"message {number},a\n" for number in range(199))
+    path.write_text(f'text,label\none,a\n"two,b\n{good}\n')
+    faults = faults_of(path)
+    assert next(iter(faults)) == 3
+    last = 202 if limit == "1" else 81
+    with pytest.raises(DataError, match=rf"rows\.csv:3: .*; the row goes on to line {last}, so "):
+        write_good_copy(path, faults)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_parquet_has_large_row_groups_and_columns_that_cannot_be_filtered(tmp_path: Path) -> None:
+    count = GROUP_ROWS + 1000
+    table = pa.table({"text": pa.array(map(str, range(count)), pa.string_view())})
+    path = tmp_path / "rows.parquet"
+    pq.write_table(table, path)
+    bad = {1: "bad", 256: "bad", 257: "bad", 300: "bad", count: "bad"}
+    good = pq.ParquetFile(write_good_copy(path, bad).good)
+    assert good.num_row_groups == 2
+    assert good.schema_arrow.equals(table.schema)
+    left = [number for number in range(count) if number + 1 not in bad]
+    assert good.read()["text"].to_pylist() == list(map(str, left))
