@@ -174,14 +174,21 @@ def open_table(setting: str, path: Path, whole: bool = False) -> Iterator[OpenTa
 
 
 def each_line(file: TextIO, limit: int) -> Iterator[str | None]:
-    """Yield the lines of a file with their ends; None for a line of more than `limit` characters,
-    which is skipped bit by bit."""
-    while line := file.readline(limit + 1):
-        if len(line) <= limit or line.endswith("\n"):
+    """Yield the lines of a file with their ends; None for a line of more than `limit` characters
+    before its end, which is skipped bit by bit."""
+    is_split = False
+    while line := file.readline(limit + len("\r\n")):
+        if is_split and line == "\n":
+            # The end "\r\n" of the line before, of which "\r" was read with the line.
+            is_split = False
+            continue
+        is_split = False
+        if len(line) <= limit or len(line.rstrip("\r\n")) <= limit:
             yield line
             continue
         while line and not line.endswith(("\n", "\r")):
             line = file.readline(SKIPPED_CHARACTERS)
+        is_split = line.endswith("\r")
         yield None
 
 

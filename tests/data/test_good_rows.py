@@ -155,6 +155,26 @@ def test_a_row_that_has_swallowed_others_is_not_left_out(
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("length", [999, 1000, 1001, 66_536, 66_537])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_the_numbers_of_lines_hold_whatever_ends_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str, length: int
+) -> None:
+    monkeypatch.setenv("DISTILLERY_ROW_MB", "0.001")
+    long = '{"text": "' + "x" * (length - 12) + '"}'
+    assert len(long) == length
+    rows = ['{"text": "a"}', "no JSON", long, '{"text": "b"}', "none", '{"text": "c"}', ""]
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(end.join(rows).encode())
+    faults = faults_of(path)
+    assert list(faults) == ([2, 5] if length <= 1000 else [2, 3, 5])
+    good, bad = write_good_copy(path, faults)
+    left = [text for number, text in enumerate(rows, 1) if number not in faults]
+    assert good.read_bytes() == end.join(left).encode()
+    row = [] if length <= 1000 else [None]
+    assert [each["row"] for each in bad_rows(bad)] == ["no JSON", *row, "none"]
+
+
 def test_parquet_has_large_row_groups_and_columns_that_cannot_be_filtered(tmp_path: Path) -> None:
     count = GROUP_ROWS + 1000
     table = pa.table({"text": pa.array(map(str, range(count)), pa.string_view())})
