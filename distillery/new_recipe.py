@@ -39,7 +39,7 @@ from distillery.models.base import local_copy
 from distillery.prompts import TransformersTokenizer, render_messages
 from distillery.recipe import PromptRecipe, Recipe, TaskKind, parse_recipe
 from distillery.recipe.draft import choose_shares, draft
-from distillery.settings import TeacherSettings
+from distillery.settings import TeacherSettings, copy_hint
 
 MOST_LISTED = 20
 """Rows that are named one by one."""
@@ -406,7 +406,7 @@ def tell_labelling(recipe: Recipe, is_mended: bool) -> Iterator[str]:
     if recipe.teacher.kind == "local":
         yield "  teacher    local: the run trains it on the gold rows; nothing is paid"
         return
-    yield "  teacher    endpoint: named in .env (copy sample.env)"
+    yield f"  teacher    endpoint: named in .env{copy_hint()}"
     if not is_mended:
         yield "             what labelling costs: distillery quote, once the bad rows are mended"
         return

@@ -190,7 +190,12 @@ def where_to_set(names: Sequence[str]) -> str:
         f"{name}={value}" for name in names for end, value in EXAMPLES.items() if name.endswith(end)
     ]
     such_as = f", such as {' '.join(examples)}" if examples else ""
-    return f"set {them} in {Path.cwd() / '.env'} (copy sample.env) or in the environment{such_as}"
+    return f"set {them} in {Path.cwd() / '.env'}{copy_hint()} or in the environment{such_as}"
+
+
+def copy_hint() -> str:
+    """Return how .env is made where the working folder has none; a copy would overwrite one."""
+    return "" if Path(".env").exists() else " (copy sample.env)"
 
 
 class EnvironmentSettings(BaseSettings):

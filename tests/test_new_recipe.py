@@ -236,6 +236,14 @@ def test_ids_that_test_rows_share_with_others_name_no_row() -> None:
     assert checked("notes.yaml").dataset.columns.id is None
 
 
+def test_a_copy_of_the_sample_is_named_only_where_it_overwrites_nothing() -> None:
+    write_texts(Path("notes.csv"), answered=200, unanswered=300)
+    named = "  teacher    endpoint: named in .env"
+    assert f"{named} (copy sample.env)" in run("notes.csv", teacher="endpoint")
+    Path(".env").touch()
+    assert f"{named}\n" in run("notes.csv", teacher="endpoint", force=True)
+
+
 def test_long_texts_raise_the_limit_of_the_prompt_that_the_student_has() -> None:
     rows = texts(120, 20)
     rows[7]["text"] = "word and word " * 150

@@ -180,6 +180,10 @@ def test_a_run_of_a_worker_is_told_where_its_settings_come_from(
         "(copy sample.env) or in the environment, such as TEACHER_MODEL_NAME=gpt-4.1-mini "
         "TEACHER_MODEL_ENDPOINT=https://api.openai.com/v1"
     )
+    (working_folder / ".env").touch()
+    assert str(not_set(["A_NAME"])) == (
+        f"A_NAME: not set or empty; set it in {working_folder}/.env or in the environment"
+    )
     monkeypatch.setenv("PREFECT__FLOW_RUN_ID", "r")
     assert str(not_set(["A_NAME"])) == (
         "A_NAME: not set or empty; set it in .env of the server's machine and run `python -m "

@@ -185,8 +185,8 @@ def check_key(key: str, url: str, variables: str) -> None:
     if not key and not is_plain and not is_loopback(host) and not host.endswith(AZURE_HOSTS):
         raise CredentialsError(
             f"{variables}_KEY: not set or empty, and {host} is not an Azure host that "
-            f"azure-identity can log in to; {where_to_set([f'{variables}_KEY'])} (any word if the "
-            "server needs none)"
+            f"azure-identity can log in to; {where_to_set([f'{variables}_KEY'])}; a server "
+            "that needs no key takes any word"
         )
     if key and not (key.isascii() and key.isprintable()):
         raise CredentialsError(

@@ -25,7 +25,7 @@ def teacher_identity(teacher: TeacherRecipe, model: OnnxModel | None) -> str:
         variable = f"{teacher.variables}_NAME"
         raise RecipeError(
             f"{variable}: not set or empty, and neither is {teacher.section}.identity set; "
-            f"{where_to_set([variable])}"
+            f"{where_to_set([variable])}, or set {teacher.section}.identity in the recipe"
         )
     return teacher.stored_as(name)
 

@@ -150,13 +150,16 @@ def test_a_judge_has_an_endpoint_of_its_own(monkeypatch: pytest.MonkeyPatch) -> 
     assert str(error.value).startswith(names)
     with pytest.raises(
         RecipeError,
-        match=r"JUDGE_MODEL_NAME: not set or empty, and neither is evaluation\.judge\.identity",
+        match=r"JUDGE_MODEL_NAME: not set or empty, and neither is evaluation\.judge\.identity.* "
+        r"JUDGE_MODEL_NAME=gpt-4\.1-mini, or set evaluation\.judge\.identity in the recipe$",
     ):
         teacher_identity(JudgeRecipe(), None)
     monkeypatch.setenv("JUDGE_MODEL_NAME", "wise")
     monkeypatch.setenv("JUDGE_MODEL_ENDPOINT", "https://judge.example/v1")
     with pytest.raises(
-        CredentialsError, match=r"JUDGE_MODEL_KEY: not set or empty, and judge\.example"
+        CredentialsError,
+        match=r"JUDGE_MODEL_KEY: not set or empty, and judge\.example .* "
+        r"JUDGE_MODEL_KEY=sk-\.\.\.; a server that needs no key takes any word$",
     ):
         resolve_endpoint(JudgeRecipe())
     monkeypatch.setenv("JUDGE_MODEL_KEY", "the-judges-key")
