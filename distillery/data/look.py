@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from distillery.data.answer_format import named_format
 from distillery.data.guess import (
     JOIN_OPTIONS_PAGE,
+    REPEATS,
     ChosenColumns,
     Column,
     choose_columns,
@@ -213,8 +214,11 @@ def refuse_options_apart(
                     f"{chosen.label}, and else --task classify"
                 )
     apart = columns_of_options(columns)
-    # A letter alone may be the name of any column.
-    named = [row for row in labelled if names_one_of(apart, row, chosen.label)]
+    # A letter alone may be the name of any column, such as one of labels that somebody else gave;
+    # but those repeat, and options differ from row to row.
+    values = sum(len(columns[name].counts) for name in apart)
+    differ = values * REPEATS > sum(columns[name].filled for name in apart)
+    named = [row for row in labelled if names_one_of(apart, row, chosen.label, differ)]
     if apart and (len(apart[0]) > 1 or 2 * len(named) > len(labelled)):
         raise DataError(
             f"the columns {listed(apart)} look like options of each row; put them into one column, "
@@ -223,10 +227,16 @@ def refuse_options_apart(
         )
 
 
-def names_one_of(columns: Sequence[str], row: Mapping[str, Any], label: str) -> bool:
-    """Return whether a row's label is the name of one of the columns or what stands in it."""
+def names_one_of(
+    columns: Sequence[str], row: Mapping[str, Any], label: str, by_value: bool
+) -> bool:
+    """Return whether a row's label is the name of one of the columns or, with `by_value`, what
+    stands in it."""
     said = str(row[label]).strip().casefold()
-    return any(said in (name.casefold(), str(row.get(name)).strip().casefold()) for name in columns)
+    known = [name.casefold() for name in columns]
+    if by_value:
+        known += [str(row.get(name)).strip().casefold() for name in columns]
+    return said in known
 
 
 def is_option(label: Any, options: Any) -> bool:

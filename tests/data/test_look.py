@@ -157,6 +157,16 @@ def test_options_that_are_not_seen_as_such_are_told(tmp_path: Path) -> None:
         tmp_path, said
     )
     assert "; if 'A', 'B' are the options of each row" in refusal(tmp_path, said, kind="choice")
+    assert refusal(tmp_path, said, label="answer").startswith(
+        "the columns 'A', 'B' look like options of each"
+    )
+    votes = [
+        {"text": f"A message {n}", "a": "xy"[n % 2], "b": "xy"[n // 3 % 2], "label": "xy"[n % 2]}
+        for n in range(100)
+    ]
+    assert look_at(tmp_path, votes, label="label").kind == "classify"
+    by_letter = [{**row, "label": "ab"[n % 2]} for n, row in enumerate(votes)]
+    assert refusal(tmp_path, by_letter, label="label").startswith("the columns 'a', 'b' look like")
     marks = [{**row, "a": n % 7, "b": n % 3} for n, row in enumerate(texts(30))]
     assert look_at(tmp_path, marks).chosen.label == "label"
     piped = [{"question": f"Which {n}?", "options": f"{n}|x", "answer": f"{n}"} for n in range(20)]
