@@ -15,7 +15,7 @@ from typing import Literal
 import yaml
 
 from distillery.data.few_rows import few_rows
-from distillery.data.good_rows import GoodCopy, refuse_good_copies, write_good_copies
+from distillery.data.good_rows import GoodCopy, refuse_good_copies, resolved, write_good_copies
 from distillery.data.guess import listed
 from distillery.data.look import (
     MOST_COMPARED,
@@ -31,7 +31,7 @@ from distillery.data.look import (
     new_labels,
 )
 from distillery.data.prepare import check_rows
-from distillery.errors import DistilleryError, RecipeError
+from distillery.errors import DataError, DistilleryError, RecipeError
 from distillery.labels.questions import check_of_train_rows
 from distillery.labels.quote import quote_recipe
 from distillery.machine import folder_of_commands
@@ -117,32 +117,36 @@ def new_recipe(
     out = out or Path(f"{name}.yaml")
     if out.exists() and not force:
         raise RecipeError(f"{out}: exists; give another name by --out, or --force to overwrite it")
+    refuse_shared_files(data, test)
     found = look(data, texts, label, task, test)
-    files, test_files = found.files, found.test_files
-    made_of = [*files, *(f"--test={file}" for file in test_files)]
+    made_of = [*found.files, *(f"--test={file}" for file in found.test_files)]
     copies: dict[Path, GoodCopy] = {}
+    used = found
     if without_bad_rows and found.bad:
         made_of.append("--without-bad-rows")
         copies = leave_out(found, [*data, *test], force)
-        files, test_files = (
-            tuple(str(copies[path].good if path in copies else path) for path in paths)
+        # What the recipe says of ids and of the schema must not follow from rows that are left out.
+        good, good_test = (
+            [copies[path].good if path in copies else path for path in paths]
             for paths in (data, test)
         )
+        chosen = found.chosen
+        used = look(good, chosen.texts, chosen.label, chosen.kind, good_test)
     write = partial(
         draft,
         name=name,
-        files=files,
-        texts=found.chosen.texts,
-        label=found.chosen.label,
-        options=found.chosen.options,
-        ids_are_unique=found.with_ids or "id" not in found.columns,
-        shares=choose_shares(len(found.answered), found.unanswered, bool(test)),
+        files=used.files,
+        texts=used.chosen.texts,
+        label=used.chosen.label,
+        options=used.chosen.options,
+        ids_are_unique=used.with_ids or "id" not in used.columns,
+        shares=choose_shares(len(used.answered), used.unanswered, bool(test)),
         teacher=teacher,
         command=f"distillery new {shlex.join(made_of)}",
-        kind=found.kind,
-        schema=found.schema,
-        test_files=test_files,
-        unanswered=found.unanswered,
+        kind=used.kind,
+        schema=used.schema,
+        test_files=used.test_files,
+        unanswered=used.unanswered,
     )
     text = write(max_tokens=None)
     recipe = parsed(text)
@@ -152,9 +156,9 @@ def new_recipe(
         recipe = parsed(text)
     out.write_text(text, encoding="utf-8")
 
-    is_mended = not found.bad or bool(copies)
+    has_only_good_rows = not used.bad
     counts, trouble = expected_counts(found, recipe), ""
-    if is_mended:
+    if has_only_good_rows:
         try:
             counts = check_rows(recipe.dataset, recipe.task, check_of_train_rows(recipe))
         except DistilleryError as error:
@@ -166,11 +170,22 @@ def new_recipe(
         yield "Chosen:"
         yield f"  a run would stop: {trouble}"
     else:
-        yield from tell_choices(found, recipe, counts, is_mended)
+        yield from tell_choices(found, recipe, counts, has_only_good_rows)
     folder = folder_of_commands()
     yield f"Written: {out}. Next:"
     yield f"  {folder}distillery check {shlex.quote(str(out))}"
     yield f"  {folder}python -m flows.distill {shlex.quote(str(out))}"
+
+
+def refuse_shared_files(data: Sequence[Path], test: Sequence[Path]) -> None:
+    """Raise DataError for a file of test rows that is among the others, too."""
+    others = set(map(resolved, data))
+    for path in test:
+        if resolved(path) in others:
+            raise DataError(
+                f"--test {path}: is among the files of DATA too, and test rows must train nothing; "
+                "name it once"
+            )
 
 
 def leave_out(found: Look, paths: Sequence[Path], force: bool) -> dict[Path, GoodCopy]:
@@ -380,17 +395,17 @@ def tell_copies(found: Look) -> Iterator[str]:
 
 
 def tell_choices(
-    found: Look, recipe: Recipe, counts: Mapping[str, int], is_mended: bool
+    found: Look, recipe: Recipe, counts: Mapping[str, int], has_only_good_rows: bool
 ) -> Iterator[str]:
     """Yield what was chosen: which rows serve for what, and what their labels cost. `counts`: the
-    rows by role. `is_mended`: whether the recipe's files are without bad rows; otherwise the counts
-    are expected ones."""
+    rows by role. `has_only_good_rows`: of the recipe's files; otherwise the counts are expected
+    ones."""
     yield "Chosen:"
     for role, count in counts.items():
         use = USES[role]
         if role == "validation" and found.kind != "classify":
             use = "they choose settings"
-        about = "" if is_mended else "about "
+        about = "" if has_only_good_rows else "about "
         yield f"  {role:10} {about}{count_rows(count)}: {use}"
     if recipe.teacher.filters.agreement_with_gold:
         yield (
@@ -398,16 +413,16 @@ def tell_choices(
             f"that have one. Add rows without {KNOWN[found.kind]}; the more, the better the "
             "student."
         )
-    yield from tell_labelling(recipe, is_mended)
+    yield from tell_labelling(recipe, has_only_good_rows)
 
 
-def tell_labelling(recipe: Recipe, is_mended: bool) -> Iterator[str]:
-    """Yield who labels and what it costs; `is_mended` as in `tell_choices`."""
+def tell_labelling(recipe: Recipe, has_only_good_rows: bool) -> Iterator[str]:
+    """Yield who labels and what it costs; `has_only_good_rows` as in `tell_choices`."""
     if recipe.teacher.kind == "local":
         yield "  teacher    local: the run trains it on the gold rows; nothing is paid"
         return
     yield f"  teacher    endpoint: named in .env{copy_hint()}"
-    if not is_mended:
+    if not has_only_good_rows:
         yield "             what labelling costs: distillery quote, once the bad rows are mended"
         return
     if not TeacherSettings().model:

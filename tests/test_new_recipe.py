@@ -160,6 +160,22 @@ def test_the_recipe_is_for_copies_without_bad_rows_where_that_is_asked_for() -> 
     assert checked("bad.yaml").dataset.files == {"train": ("bad.csv",)}
 
 
+def test_the_recipe_follows_from_the_rows_that_are_left() -> None:
+    rows = [{"id": number, **row} for number, row in enumerate(bookings(200, answered=200))]
+    rows.append({"id": 3, "message": " ", "fields": {"price": 2}})
+    run(write_jsonl("orders.jsonl", rows), without_bad_rows=True)
+    recipe = checked("orders.yaml")
+    assert recipe.dataset.columns.id == "id"
+    assert isinstance(recipe.task.answer_schema, dict)
+    assert "price" not in recipe.task.answer_schema["properties"]
+
+
+def test_a_file_is_not_of_test_rows_and_of_others() -> None:
+    write_csv(Path("notes.csv"), texts(200))
+    with pytest.raises(DataError, match=r"--test .*notes\.csv: is among the files of DATA too"):
+        run("notes.csv", test=[Path.cwd() / ".." / Path.cwd().name / "notes.csv"])
+
+
 def test_too_few_rows_rare_and_uneven_classes_are_told() -> None:
     rows = texts(45)
     for number in range(45):
