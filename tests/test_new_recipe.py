@@ -193,9 +193,9 @@ def test_few_rows_with_a_label_are_told_with_what_they_can_tell() -> None:
     told = [line.strip() for line in said.splitlines() if " are few: " in line]
     assert told == [
         "validation rows: 16 are few: they tell how good a model is to ±24 points only (30: ±18); "
-        "label more rows",
+        "use more validation rows",
         "test rows: 42 are few: they tell how good a model is to ±15 points only (100: ±10); "
-        "label more rows",
+        "use more test rows",
     ]
     # The check says the same.
     findings = map(str, check_data(load_recipe("few.yaml")))

@@ -376,7 +376,7 @@ def test_rows_are_read_and_a_bad_first_row_is_named(tiny_model: TinyModel, tmp_p
     )
     assert str(found["test rows"]) == (
         "warn test rows: 40 are few: they tell how good a model is to ±15 points only (100: ±10); "
-        "label more rows"
+        "use more test rows"
     )
     assert found["validation rows"].text.startswith("20 are few: ")
     train = Path(files["train"][0])

@@ -11,15 +11,21 @@ FEWEST = {"validation": 30, "test": 100}
 
 def few_rows(counts: Mapping[str, int]) -> dict[str, str]:
     """Return what to tell of few rows, such as {"test rows": "40 are few: ..."}; `counts` has the
-    rows by role."""
+    rows by role, and of a role that it has not nothing is told."""
     told = {}
     for role, fewest in FEWEST.items():
         count = counts.get(role, fewest)
-        if count < fewest:
-            told[f"{role} rows"] = (
-                f"{count} are few: they tell how good a model is to ±{points(count):.0f} points "
-                f"only ({fewest}: ±{points(fewest):.0f}); label more rows"
-            )
+        precision, better = f"±{points(count):.0f}", f"±{points(fewest):.0f}"
+        if count == 0:
+            text = f"none; {fewest} tell how good a model is to {better} points"
+        elif count < fewest:
+            text = f"{count} are few: they tell how good a model is to {precision} points only"
+            if precision != better:
+                text += f" ({fewest}: {better})"
+        else:
+            continue
+        # Of a role there are few because few are labelled, or because the recipe limits it.
+        told[f"{role} rows"] = f"{text}; use more {role} rows"
     return told
 
 
