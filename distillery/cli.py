@@ -86,8 +86,8 @@ def new(
         bool,
         typer.Option(
             "--without-bad-rows",
-            help="Make the recipe for the good rows of FILE, which go to FILE-good beside it, as "
-            "in messages-good.csv; the bad ones go to messages-bad.jsonl, each with its reason.",
+            help="Make the recipe for copies without bad rows: NAME-good.csv beside NAME.csv. The "
+            "bad rows go to NAME-bad.jsonl, each with its reason.",
         ),
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Overwrite what is there.")] = False,
@@ -115,7 +115,7 @@ def check(recipe: RecipeArgument) -> None:
     from distillery import readiness
     from distillery.recipe import load_recipe
 
-    # That it makes the registry, which takes seconds, once.
+    # Creating the registry takes seconds; say so.
     show_progress("distillery.registry.local")
     findings = readiness.check(load_recipe(recipe))
     for finding in findings:

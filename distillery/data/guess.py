@@ -173,7 +173,7 @@ def column_contents(rows: Iterable[Mapping[str, Any]]) -> dict[str, Column]:
 
 
 def json_in(value: Any) -> Any:
-    """Return what a text says that is a JSON object or list; any other value as it stands."""
+    """Parse a text that is a JSON object or list; return other values unchanged."""
     if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
         try:
             return json.loads(value)
@@ -183,7 +183,7 @@ def json_in(value: Any) -> Any:
 
 
 def are_options(value: Any) -> bool:
-    """Return whether a value, which is no JSON text, is the options of a row."""
+    """Return whether a parsed value is a row's options."""
     if isinstance(value, str):
         return False
     try:
