@@ -7,7 +7,9 @@ JSON:
 
 shard_overhead    seconds that a shard takes beside its rows: stage, cache, lease, store, gathering
 stub_overhead     with a stub that takes 20 ms for a row: the run's time on eight workers, from its
-                  start to its end, over the time that the rows take on eight, less 1
+                  start to its end, over the time that the rows take on eight, less 1; of that time,
+                  stub_before_s until the first child starts, while rows are cut into shards, and
+                  stub_after_s from the last one's end, while the answers are gathered
 identical         whether one process with one thread, one with two, two processes, other shards,
                   and workers that were killed gave the same files, byte for byte
 answered_twice    shards that were answered more often than once in the run in which two children
@@ -101,8 +103,16 @@ def with_stub(sharded: ShardedRows, folder: Path, count: int) -> dict[str, Any]:
     took = (moment(run["end_time"]) - moment(run["start_time"])).total_seconds()
     ideal = count * ROW_S / WORKERS
     children = sharded.children(run)
+    before = min(moment(child["start_time"]) for child in children) - moment(run["start_time"])
+    after = moment(run["end_time"]) - max(moment(child["end_time"]) for child in children)
     print(f"stub: {took:.1f} s for {ideal:.1f} s, {len(children)} child runs", flush=True)
-    return {"stub_overhead": took / ideal - 1, "stub_s": took, "stub_children": len(children)}
+    return {
+        "stub_overhead": took / ideal - 1,
+        "stub_s": took,
+        "stub_before_s": before.total_seconds(),
+        "stub_after_s": after.total_seconds(),
+        "stub_children": len(children),
+    }
 
 
 def with_kills(sharded: ShardedRows, folder: Path) -> dict[str, Any]:
