@@ -643,8 +643,10 @@ def check_gpu_memory(recipe: Recipe, precision: str, free: int, text: str) -> Fi
         return ok("training", text)
     if free < need.fixed:
         advice = "use a larger GPU"
+        if LocalSettings().fsdp:
+            advice = "use larger GPUs, or more of them (DISTILLERY_DEVICES)"
         # Weights in 4 bits are not split.
-        if not LocalSettings().fsdp and need.method != "qlora":
+        elif need.method != "qlora":
             if need.in_four_bits <= free:
                 advice += f", {need.section}.method: qlora,"
             advice += " or several GPUs that share out the model "

@@ -778,7 +778,8 @@ def test_gpus_that_share_out_the_model_need_less(
         monkeypatch.setenv("DISTILLERY_DEVICES", devices)
         assert f"takes an estimated {fixed} GB, and" in training(40).text
     monkeypatch.setenv("DISTILLERY_DEVICES", "2")
-    assert training(30).text.endswith("too little even for short rows: use a larger GPU")
+    advice = "use larger GPUs, or more of them (DISTILLERY_DEVICES)"
+    assert training(30).text.endswith(f"too little even for short rows: {advice}")
 
 
 PHI_4_MINI = {

@@ -109,8 +109,9 @@ def write_rows(
 
 
 def load_transformers(job: ScoringJob, answer_format: AnswerFormat | None) -> Predictor:
-    """Load a folder that Transformers runs, in the job's precision. A model that does not fit the
-    GPU, as after a training in 4 bits or on several GPUs, computes on the processor."""
+    """Load a folder that Transformers runs, in the job's precision. A model that is too large for
+    the GPU, as after a training in 4 bits or on several GPUs, computes on the processor in float32.
+    """
     import torch
 
     from distillery.models.device import Device, cast_linear_layers, choose_device, fits
@@ -127,12 +128,13 @@ def load_transformers(job: ScoringJob, answer_format: AnswerFormat | None) -> Pr
     adapter = None
     if job.model.adapter:
         adapter = Path(job.model.adapter)
-    model, tokenizer = load_model(
-        Path(job.model.folder), adapter, job.model.remote_code, device.frozen_precision
-    )
+    load = partial(load_model, Path(job.model.folder), adapter, job.model.remote_code)
+    model, tokenizer = load(device.frozen_precision)
     if not fits(model, device):
+        # It was rounded for the GPU.
+        del model
         device = Device("cpu", "float32")
-        model.float()
+        model, tokenizer = load(device.frozen_precision)
     model.to(device.name)
     padding = pad_id(tokenizer)
     if device.precision == "bfloat16":

@@ -1,6 +1,7 @@
 """The device that a model computes on, and the precision that it multiplies in."""
 
 import gc
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ from typing import Any
 from distillery.errors import TrainingUnavailable
 from distillery.machine import machine_name
 from distillery.settings import LocalSettings
+
+_log = logging.getLogger(__name__)
 
 ROOM_BYTES = 10**9
 """What passes take beside the weights, at least."""
@@ -55,15 +58,22 @@ def choose_device(precision: str = "auto") -> Device:
 
 
 def fits(model: Any, device: Device) -> bool:
-    """Return whether the memory that is free on a device holds a model's weights, and ROOM_BYTES
-    beside them; of the processor that is not asked."""
+    """Return whether a device's memory, were all of it free, holds a model's weights and ROOM_BYTES
+    beside them. Log where a GPU's does not; the processor's is not asked."""
     import torch
 
     if device.name != "cuda":
         return True
     weights: int = sum(weight.nbytes for weight in model.parameters())
-    free: int = torch.cuda.mem_get_info()[0]
-    return weights + ROOM_BYTES <= free
+    total: int = torch.cuda.mem_get_info()[1]
+    if weights + ROOM_BYTES <= total:
+        return True
+    _log.warning(
+        "the model takes %.1f GB and the GPU has %.1f: the processor computes, which is slow",
+        (weights + ROOM_BYTES) / 1e9,
+        total / 1e9,
+    )
+    return False
 
 
 def processor_prefers_bfloat16() -> bool:
@@ -144,7 +154,6 @@ def cast_linear_layers(model: Any, *, frozen_only: bool = False) -> list[tuple[A
     anew. Return the layers with the weights that they had. With `frozen_only`, layers that are
     trained keep theirs, since an optimiser changes the weights in float32."""
     import torch
-    from torch.distributed.tensor import DTensor
 
     changed = []
     for module in model.modules():
@@ -152,7 +161,7 @@ def cast_linear_layers(model: Any, *, frozen_only: bool = False) -> list[tuple[A
             continue
         weight = module.weight
         # Weights in 4 bits stay as they are, and those that are split are cast when gathered.
-        stays = isinstance(weight, DTensor) or not weight.is_floating_point()
+        stays = type(weight) is not torch.nn.Parameter
         if stays or (frozen_only and weight.requires_grad):
             continue
         changed.append((module, weight))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from distillery.models.load import contiguous_head
 from distillery.training.rows import TrainingRow
-from distillery.training.split_model import all_agree, gather_with_gradients, in_step
+from distillery.training.split_model import in_step, is_split
 
 if TYPE_CHECKING:
     import torch
@@ -225,17 +225,19 @@ def prefill_shared(
     if model.training and model.is_activation_checkpointing:
         # Layers that are computed again in the backward pass neither fill a cache nor read one.
         return 0, None
+    if is_split(model):
+        # FSDP would miss gradients that reach the last layer by its keys and values alone.
+        return 0, None
     shared = common_prefix(ids, kept)
     if most is not None:
         shared = min(shared, most)
-    pays = shared * (len(ids) - 1) >= LEAST_SAVED
-    fits = max(map(len, ids)) + following <= longest_shared(model)
-    if not all_agree(model, pays and fits):
+    if shared * (len(ids) - 1) < LEAST_SAVED:
+        return 0, None
+    if max(map(len, ids)) + following > longest_shared(model):
         return 0, None
     cache = DynamicCache()
     tokens = torch.tensor([list(ids[0][:shared])], device=model.device)
     model.get_decoder()(input_ids=tokens, past_key_values=cache, use_cache=True)
-    gather_with_gradients(model, cache)
     cache.batch_repeat_interleave(len(ids))
     return shared, cache
 

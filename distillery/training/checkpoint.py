@@ -20,6 +20,7 @@ from distillery.training.decisions import decide
 from distillery.training.ranks import ALONE, Ranks
 from distillery.training.rows import TrainingRow
 from distillery.training.split_model import (
+    is_share,
     joined_state,
     joined_weights,
     own_share,
@@ -205,8 +206,12 @@ class TrainingState:
             if not checkpoints.load(folder):
                 return None
             try:
+                # Of a split model each rank needs its shares alone, and all of them read one file.
                 values: dict[str, Any] = torch.load(
-                    folder / STATE_FILE, map_location="cpu", weights_only=True
+                    folder / STATE_FILE,
+                    map_location="cpu",
+                    weights_only=True,
+                    mmap=any(map(is_share, self.weights.values())),
                 )
                 fits = values["fingerprint"] == self.fingerprint
             except Exception as error:

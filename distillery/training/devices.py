@@ -178,7 +178,7 @@ def failure_of(code: int, folder: Path) -> Exception:
         if kind == "OutOfMemoryError" or "out of memory" in text:
             advice = "set training.gradient_checkpointing: true"
             if not LocalSettings().fsdp:
-                advice += ", or DISTILLERY_FSDP=true where the worker starts"
+                advice += ", or, but for qlora, DISTILLERY_FSDP=true where the worker starts"
             return TrainingError(
                 f"training.batch_size: a GPU's memory is full ({text}); lower it and raise "
                 f"training.accumulation as much, or {advice}"

@@ -341,8 +341,8 @@ def set_up(
     head = add_class_head(model, rows[0].letters) if rows[0].closed else None
     if ranks.split:
         # An adapter is small.
-        trained = [weight for weight in model.parameters() if weight.requires_grad]
-        split_model(model, device, whole=trained if recipe.adapts else [])
+        trained = (weight for weight in model.parameters() if weight.requires_grad)
+        split_model(model, device, not_split=list(trained) if recipe.adapts else [])
     model.to(device.name).train()
     contiguous_head(model)
     # A student that learns its teacher's states keeps the rows that read them.

@@ -6,7 +6,6 @@ this happens in step: every rank must make the same passes in the same order, wh
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from functools import partial
 from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
@@ -16,18 +15,20 @@ if TYPE_CHECKING:
     import torch
 
 
-def split_model(model: Any, device: Device, whole: Iterable["torch.nn.Parameter"]) -> None:
+def split_model(model: Any, device: Device, not_split: Iterable["torch.nn.Parameter"]) -> None:
     """Split `model`, which is in main memory, between all ranks. Its layers go to the ranks'
-    devices one after another, so that no device ever holds more than its shares and one layer.
+    devices one after another, so that no device holds more than its shares and one layer, or the
+    embeddings and the head.
 
-    `whole`: parameters that are not split, so that every rank holds all of them."""
+    `not_split`: parameters that every rank holds all of. The caller keeps no list of the others,
+    which would keep their memory on the device."""
     import torch
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh(device.name, (dist.get_world_size(),))
-    ignored = set(whole)
+    ignored = set(not_split)
     layers = list(model.get_decoder().layers)
     within = {module for layer in layers for module in layer.modules()}
     # Embeddings, the last norm and the head. They are gathered where they run themselves, because
@@ -64,8 +65,17 @@ def split_model(model: Any, device: Device, whole: Iterable["torch.nn.Parameter"
         model(input_ids=token)
 
 
+def are_ranks() -> bool:
+    """Return whether this process is one of several that train together."""
+    import torch.distributed as dist
+
+    return dist.is_available() and dist.is_initialized()
+
+
 def is_split(model: Any) -> bool:
     """Return whether `split_model` has split the model."""
+    if not are_ranks():
+        return False
     from torch.distributed.fsdp import FSDPModule
 
     return isinstance(model, FSDPModule)
@@ -73,6 +83,8 @@ def is_split(model: Any) -> bool:
 
 def is_share(tensor: "torch.Tensor") -> bool:
     """Return whether a tensor is split between the ranks."""
+    if not are_ranks():
+        return False
     from torch.distributed.tensor import DTensor
 
     return isinstance(tensor, DTensor)
@@ -94,54 +106,21 @@ def in_step(model: Any, batches: Iterable[list[int]]) -> Iterator[list[int]]:
     yield from repeat(own[-1], int(most) - len(own))
 
 
-def all_agree(model: Any, flag: bool) -> bool:
-    """Return `flag` or, where the model is split, whether it is true on all ranks."""
-    if not is_split(model):
-        return flag
-    import torch
-    import torch.distributed as dist
-
-    told = torch.tensor(int(flag))
-    dist.all_reduce(told, dist.ReduceOp.MIN)
-    return bool(told)
-
-
-def gather_with_gradients(model: Any, cache: Any) -> None:
-    """Gather a split model's layers when gradients reach what `cache` holds of them. FSDP gathers a
-    layer when they reach its output, and nobody reads the last layer's where the cache is all that
-    a pass is made for."""
-    if not is_split(model):
-        return
-    for layer, kept in zip(model.get_decoder().layers, cache.layers, strict=False):
-        for tensor in (kept.keys, kept.values):
-            if tensor.requires_grad:
-                tensor.register_hook(partial(gather, layer))
-
-
-def gather(layer: Any, _gradient: "torch.Tensor") -> None:
-    """Gather the weights of a layer of a split model (a hook of a tensor's gradient)."""
-    from torch.distributed.fsdp import FSDPModule
-
-    for module in layer.modules():
-        if isinstance(module, FSDPModule):
-            module.unshard()
-
-
 def own_share(tensor: "torch.Tensor") -> "torch.Tensor":
     """Return what this rank holds of a tensor, in the same memory."""
-    from torch.distributed.tensor import DTensor
-
-    tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    found: Any = tensor.detach()
+    own: torch.Tensor = found.to_local() if is_share(tensor) else found
+    return own
 
 
 def share_of(whole: "torch.Tensor", weight: "torch.Tensor") -> "torch.Tensor":
     """Return `whole`, which every rank has, split as `weight` is."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    if not isinstance(weight, DTensor):
+    if not is_share(weight):
         return whole
-    return distribute_tensor(whole, weight.device_mesh, weight.placements, src_data_rank=None)
+    from torch.distributed.tensor import distribute_tensor
+
+    split: Any = weight
+    return distribute_tensor(whole, split.device_mesh, split.placements, src_data_rank=None)
 
 
 def shares_of(
@@ -157,18 +136,19 @@ def shares_of(
 def joined(share: "torch.Tensor", weight: "torch.Tensor") -> "torch.Tensor":
     """Return the whole tensor of which this rank holds `share`, split as `weight` is: in main
     memory on the first rank, and empty on the others. If `weight` is not split, return `share`."""
+    if not is_share(weight):
+        return share
     import torch
     import torch.distributed as dist
     from torch.distributed.tensor import DTensor
 
-    if not isinstance(weight, DTensor):
-        return share
+    like: Any = weight
     split = DTensor.from_local(
-        share.to(weight.device),
-        weight.device_mesh,
-        weight.placements,
-        shape=weight.shape,
-        stride=weight.stride(),
+        share.to(like.device),
+        like.device_mesh,
+        like.placements,
+        shape=like.shape,
+        stride=like.stride(),
     )
     whole = split.full_tensor()
     return whole.cpu() if dist.get_rank() == 0 else torch.empty(0)

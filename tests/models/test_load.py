@@ -143,7 +143,7 @@ def test_a_model_that_does_not_fit_the_gpu_is_scored_on_the_processor(
     )
     base = tiny_model("llama")
     weights = 2 * sum(weight.numel() for weight in load_model(base)[0].parameters())
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (weights + room, 0))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, weights + room))
     model = ModelToScore(name="tiny", kind="transformers", folder=str(base))
     job = ScoringJob(model=model, examples="", prompt=PromptRecipe(), threads=1, precision="auto")
     assert load_predictor(job).ran_on == ran_on

@@ -60,6 +60,35 @@ def numbers(batches: list[list[int]], ranks: int, split: bool = False) -> list[l
     return found
 
 
+@pytest.mark.slow
+def test_a_device_keeps_nothing_of_a_model_that_is_split(tiny_model: TinyModel) -> None:
+    """In a process of its own, which is the only rank."""
+    code = """
+import sys, weakref
+import torch.distributed as dist
+from distillery.models.load import load_model
+from distillery.recipe import TrainingRecipe
+from distillery.training.loop import set_up
+from distillery.training.ranks import Ranks
+from two_ranks import rows_of
+from pathlib import Path
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+model, _ = load_model(Path(sys.argv[1]))
+whole = [weakref.ref(weight) for weight in model.parameters()]
+recipe = TrainingRecipe(method="full")
+training = set_up(model, rows_of("letters"), [], recipe, None, 0, 2, Ranks(split=True))
+print(len(whole), sum(weight() is not None for weight in whole))
+dist.destroy_process_group()
+"""
+    command = [sys.executable, "-W", "ignore", "-c", code, str(tiny_model("llama"))]
+    own_modules = {"PYTHONPATH": f"{PROJECT}:{SUPPORT}"}
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | own_modules)
+    assert done.returncode == 0, done.stderr
+    weights, kept = map(int, done.stdout.split())
+    assert weights > 0
+    assert kept == 0, "FSDP leaves their memory on the device"
+
+
 def test_ranks_share_out_batches_or_their_rows() -> None:
     assert numbers([[1, 2], [3, 4], [5]], 1) == [[[1, 2], [3, 4], [5]]]
     assert numbers([[1, 2], [3, 4], [5]], 2) == [[[1, 2], [5]], [[3, 4]]]
