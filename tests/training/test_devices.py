@@ -599,7 +599,7 @@ def test_a_full_gpu_may_share_out_the_model(
     (tmp_path / "stderr.txt").write_text("")
     (tmp_path / "error-0.json").write_text(json.dumps(["OutOfMemoryError", "CUDA out of memory"]))
     assert str(failure_of(1, tmp_path)).endswith(
-        ", or DISTILLERY_FSDP=true where the worker starts"
+        ", or, but for qlora, DISTILLERY_FSDP=true where the worker starts"
     )
     monkeypatch.setenv("DISTILLERY_FSDP", "true")
     assert str(failure_of(1, tmp_path)).endswith("or set training.gradient_checkpointing: true")
